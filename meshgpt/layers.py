@@ -1,0 +1,326 @@
+"""The parts both families are made of: norm, rotary embedding, causal attention with a cache, the stack of blocks.
+
+Legend: B batch, T query tokens, S key tokens (the cache's length, or T), L layers, D d_model, N heads, H head size,
+F d_ff, R rotary dimensions, V padded vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshgpt.axes import gathered, spec
+
+Remat = Literal["none", "full", "dots", "named"]
+Kernel = Literal["auto", "xla", "cudnn"]
+
+# Activations worth keeping under remat="named": those whose recomputation costs a matmul or attention.
+SAVED_NAMES = ("q", "k", "v", "attention", "mlp_up")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the layers run; never what they compute.
+
+    unroll: layers per iteration of the scan over layers; 0 runs all of them in line. In line XLA sees the whole model:
+      faster steps (a quarter at GPT-2 124M on an H200, see docs/performance.md) for a compile time and a program that
+      grow with depth. A scan compiles once for any depth, which is what deep models and pods want.
+    remat: what the backward pass recomputes. "none" keeps every activation, "dots" the results of matmuls, "named"
+      q, k, v, attention and the MLP's input matmul, "full" only each block's input.
+    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "auto" picks.
+    """
+
+    unroll: int = 1
+    remat: Remat = "none"
+    attention: Kernel = "auto"
+
+    def __post_init__(self) -> None:
+        if self.unroll < 0:
+            raise ValueError(f"unroll={self.unroll}: give layers per iteration, or 0 for all")
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A parameter that is not a plain array: low-rank, quantized. `dense` gives what the matmul uses."""
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array: ...
+
+
+def param(key: jax.Array, shape: tuple[int, ...], axes: str, scale: float, dtype: jnp.dtype) -> nnx.Param:
+    """A normal(0, scale) parameter at rest on the mesh as `axes` says (see `axes.spec`); zeros where scale is 0."""
+    if scale == 0:
+        value = jnp.zeros(shape, dtype, out_sharding=spec(axes))
+    else:
+        value = jax.random.normal(key, shape, dtype, out_sharding=spec(axes)) * jnp.asarray(scale, dtype)
+    return nnx.Param(value, axes=axes)
+
+
+def weight(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The parameter in `dtype` with its `fsdp` slices gathered.
+
+    Cast before gathered: the all-gather moves `dtype` bytes, and its transpose is the gradient's reduce-scatter.
+    """
+    value = w.get_value()
+    dense = value.dense(dtype) if isinstance(value, Weight) else value.astype(dtype)
+    return jax.sharding.reshard(dense, spec(gathered(w.axes)))
+
+
+def einsum(equation: str, x: jax.Array, w: nnx.Param, out: str) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` in x's dtype, the result lying on the mesh as the axis names `out` say."""
+    return jnp.einsum(equation, x, weight(w, x.dtype), out_sharding=spec(out))
+
+
+def bias_add(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """x (B, T, ...) plus a bias over its trailing axes."""
+    value = weight(bias, x.dtype)
+    return x + value[(None,) * (x.ndim - value.ndim)]
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity when `key` is None or the rate is 0."""
+    if key is None or rate == 0.0:
+        return x
+    noise = jax.random.uniform(key, x.shape, jnp.float32, out_sharding=jax.typeof(x).sharding)
+    return jnp.where(noise >= rate, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.eps = eps
+        self.scale_D = nnx.Param(jnp.ones((width,), dtype, out_sharding=spec("_")), axes="_")
+        self.bias_D = nnx.Param(jnp.zeros((width,), dtype, out_sharding=spec("_")), axes="_")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D, bias_D = weight(self.scale_D, jnp.float32), weight(self.bias_D, jnp.float32)
+        x = x_BTD.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + jnp.float32(self.eps))
+        return (centred * rstd * scale_D[None, None] + bias_D[None, None]).astype(x_BTD.dtype)
+
+
+class MLP(nnx.Module):
+    """gelu(x up + up_bias) down + down_bias, GELU by its tanh approximation (`gelu_new` in Hugging Face)."""
+
+    def __init__(self, width: int, hidden: int, up: float, down: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up_DF = param(rngs.params(), (width, hidden), "fsdp mlp", up, dtype)
+        self.up_bias_F = param(rngs.params(), (hidden,), "mlp", 0.0, dtype)
+        self.down_FD = param(rngs.params(), (hidden, width), "mlp fsdp", down, dtype)
+        self.down_bias_D = param(rngs.params(), (width,), "_", 0.0, dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        u_BTF = bias_add(einsum("BTD,DF->BTF", x_BTD, self.up_DF, "batch seq mlp"), self.up_bias_F)
+        u_BTF = jax.ad_checkpoint.checkpoint_name(u_BTF, "mlp_up")
+        y_BTD = einsum("BTF,FD->BTD", jax.nn.gelu(u_BTF, approximate=True), self.down_FD, "batch seq embed")
+        return bias_add(y_BTD, self.down_bias_D)
+
+
+def rotary_table(positions_BT: jax.Array, dims: int, base: float = 10000.0) -> tuple[jax.Array, jax.Array]:
+    """(sin, cos), each (B, T, 1, dims / 2) float32: angle = position * base^(-2i / dims) (Su et al. 2021, eq. 15)."""
+    frequency = base ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """GPT-J's rotary embedding: interleaved pairs of the first R dimensions turn, the rest pass through."""
+    sin, cos = table
+    dims = 2 * sin.shape[-1]
+    pairs = x_BTNH[..., :dims].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], dims // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    turned = turned.reshape(*x_BTNH.shape[:-1], dims).astype(x_BTNH.dtype)
+    return turned if dims == x_BTNH.shape[-1] else jnp.concatenate([turned, x_BTNH[..., dims:]], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values that one layer has seen, (B, S, N, H) each."""
+
+    k_BSNH: jax.Array
+    v_BSNH: jax.Array
+
+    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, starts_B: jax.Array) -> "LayerCache":
+        """Row b's new keys and values at positions starts_B[b] .. starts_B[b] + T - 1."""
+
+        def write(row_SNH: jax.Array, new_TNH: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(row_SNH, new_TNH, start, axis=0)
+
+        place = jax.vmap(write)
+        return LayerCache(place(self.k_BSNH, k_BTNH, starts_B), place(self.v_BSNH, v_BTNH, starts_B))
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    mask_BTS: jax.Array,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v where the mask is True, softmax in float32, with dropout of the probabilities."""
+    scale = jnp.asarray(q_BTNH.shape[-1] ** -0.5, q_BTNH.dtype)
+    logits_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH * scale, k_BSNH, preferred_element_type=jnp.float32)
+    logits_BNTS = jnp.where(mask_BTS[:, None], logits_BNTS, jnp.finfo(jnp.float32).min)
+    weights_BNTS = dropout(jax.nn.softmax(logits_BNTS, axis=-1), rate, key).astype(q_BTNH.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+
+def _attend_cudnn(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+    heads = spec("batch seq heads _")
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    return jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q_BTNH, k_BTNH, v_BTNH)
+
+
+def pick_kernel(kernel: Kernel, dtype: jnp.dtype, head_size: int) -> Literal["xla", "cudnn"]:
+    """What "auto" means here: cuDNN on an NVIDIA GPU in 16 bits, head size a multiple of 8 up to 128 (256 on Hopper).
+
+    Raises:
+      ValueError: when "cudnn" is asked for and cannot run, with the reason.
+    """
+    if kernel == "xla":
+        return "xla"
+    reason = _cudnn_refusal(dtype, head_size)
+    if kernel == "cudnn" and reason:
+        raise ValueError(f"attention='cudnn' cannot run here: {reason}; use 'auto' or 'xla'")
+    return "xla" if reason else "cudnn"
+
+
+def _cudnn_refusal(dtype: jnp.dtype, head_size: int) -> str | None:
+    if jax.default_backend() != "gpu":
+        return f"the backend is {jax.default_backend()}, not gpu"
+    if dtype.itemsize != 2:
+        return f"it computes in 16 bits, and the compute dtype is {dtype}"
+    capability = getattr(jax.devices()[0], "compute_capability", "0.0")
+    limit = 256 if float(capability) >= 9.0 else 128
+    if head_size % 8 or head_size > limit:
+        return f"the head size {head_size} is not a multiple of 8 up to {limit}"
+    return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass shares.
+
+    positions_BT: position of each token (first axis 1 when all rows agree). starts_B: with a cache, where this call's
+    tokens begin in each row. rotary: `rotary_table`, for families that turn q and k. key: for dropout, or None.
+    """
+
+    positions_BT: jax.Array
+    starts_B: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    key: jax.Array | None = None
+
+    def split(self, index: int) -> jax.Array | None:
+        """The dropout key of use number `index` within a block."""
+        return None if self.key is None else jax.random.fold_in(self.key, index)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."""
+
+    def __init__(
+        self, width: int, heads: int, qkv: float, out: float, dropout: float, bias: bool, dtype: jnp.dtype,
+        rngs: nnx.Rngs, kernel: Kernel,
+    ):  # fmt: skip
+        head = width // heads
+        self.dropout, self.kernel = dropout, kernel
+        self.q_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)
+        self.k_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)
+        self.v_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)
+        self.o_NHD = param(rngs.params(), (heads, head, width), "heads _ fsdp", out, dtype)
+        self.bias = bias
+        if bias:
+            self.q_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
+            self.k_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
+            self.v_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
+            self.o_bias_D = param(rngs.params(), (width,), "_", 0.0, dtype)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        q, k, v = self._project(x_BTD)
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        name = jax.ad_checkpoint.checkpoint_name
+        q, k, v = name(q, "q"), name(k, "k"), name(v, "v")
+        a_BTNH, cache = self._attend(q, k, v, context, cache)
+        y_BTD = einsum("BTNH,NHD->BTD", name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
+        return (bias_add(y_BTD, self.o_bias_D) if self.bias else y_BTD), cache
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def one(w: nnx.Param) -> jax.Array:
+            return einsum("BTD,DNH->BTNH", x_BTD, w, "batch seq heads _")
+
+        q, k, v = one(self.q_DNH), one(self.k_DNH), one(self.v_DNH)
+        if not self.bias:
+            return q, k, v
+        return bias_add(q, self.q_bias_NH), bias_add(k, self.k_bias_NH), bias_add(v, self.v_bias_NH)
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        key = context.split(0)
+        dropping = key is not None and self.dropout > 0
+        if cache is None:
+            # cuDNN drops no probabilities, so attention dropout needs the scores written out.
+            if not dropping and pick_kernel(self.kernel, q.dtype, q.shape[-1]) == "cudnn":
+                return _attend_cudnn(q, k, v), None
+            slots_S = jnp.arange(k.shape[1])
+            mask_BTS = slots_S[None, None, :] <= slots_S[None, :, None]
+            return attend(q, k, v, mask_BTS, self.dropout, key), None
+        assert context.starts_B is not None
+        cache = cache.append(k, v, context.starts_B)
+        mask_BTS = jnp.arange(cache.k_BSNH.shape[1])[None, None, :] <= context.positions_BT[:, :, None]
+        return attend(q, cache.k_BSNH, cache.v_BSNH, mask_BTS), cache
+
+
+_POLICIES: dict[Remat, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "named": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+}
+
+
+def run_stack(
+    block: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+    blocks: Any,
+    x_BTD: jax.Array,
+    key: jax.Array | None,
+    layers: int,
+    execution: Execution,
+) -> jax.Array:
+    """x through `layers` blocks whose tensors are stacked on a leading axis: block(one_block, x, key) -> x."""
+    keys = None if key is None else jax.random.split(key, layers)
+    in_line = execution.unroll == 0 or execution.unroll >= layers
+    if execution.remat != "none":
+        block = jax.checkpoint(block, policy=_POLICIES[execution.remat], prevent_cse=in_line)
+    if not in_line:
+
+        def body(x: jax.Array, one: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+            return block(one[0], x, one[1]), None
+
+        return jax.lax.scan(body, x_BTD, (blocks, keys), unroll=execution.unroll)[0]
+    for index, one in enumerate(unstack(blocks, layers)):
+        x_BTD = block(one, x_BTD, None if keys is None else keys[index])
+    return x_BTD
+
+
+def unstack(blocks: Any, layers: int) -> list[Any]:
+    """The single blocks of a stack. `lax.split`, whose transpose is one concatenation, not a sum of padded slices."""
+
+    def parts(leaf: jax.Array) -> list[jax.Array]:
+        return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * layers)]
+
+    leaves, structure = jax.tree.flatten(blocks)
+    columns = [parts(leaf) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [column[index] for column in columns]) for index in range(layers)]
