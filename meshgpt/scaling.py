@@ -24,7 +24,7 @@ class Parameters:
 
     total: all of them; a tied head counts once, with the embedding. embedding: token and position tables.
     blocks: the L layers. head: the final norm and, where it is not tied, the head.
-    matmul: weights that multiply every token's activations, the matrices of the blocks and of the head (a tied one too);
+    matmul: weights that multiply every token's activations, the matrices of the blocks and the head (a tied one too);
     Kaplan et al. 2020 calls those of the blocks N. padding: the parameters that are stored besides `total`.
     """
 
@@ -39,7 +39,7 @@ class Parameters:
 def count_parameters(shapes: Shapes, vocab_size: int) -> Parameters:
     """Counts a parameter tree of GPT-2's or GPT-J's layout, given as {name: shape}.
 
-    The capitals that end a name are its axes (`blocks/attn/q_DNH` is L D N H); V may be longer than `vocab_size`, padded.
+    The capitals that end a name are its axes (`blocks/attn/q_DNH` is L D N H); V may be padded beyond `vocab_size`.
     """
     sizes = {name: _size(name, shape, vocab_size) for name, shape in shapes.items()}
     tables = {name for name in sizes if name.startswith(("wte_", "wpe_"))}
