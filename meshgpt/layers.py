@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meshgpt.axes import gathered, spec
 
@@ -114,7 +115,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         u_BTF = bias_add(einsum("BTD,DF->BTF", x_BTD, self.up_DF, "batch seq mlp"), self.up_bias_F)
-        u_BTF = jax.ad_checkpoint.checkpoint_name(u_BTF, "mlp_up")
+        u_BTF = checkpoint_name(u_BTF, "mlp_up")
         y_BTD = einsum("BTF,FD->BTD", jax.nn.gelu(u_BTF, approximate=True), self.down_FD, "batch seq embed")
         return bias_add(y_BTD, self.down_bias_D)
 
@@ -251,10 +252,9 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BTD)
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        name = jax.ad_checkpoint.checkpoint_name
-        q, k, v = name(q, "q"), name(k, "k"), name(v, "v")
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         a_BTNH, cache = self._attend(q, k, v, context, cache)
-        y_BTD = einsum("BTNH,NHD->BTD", name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
+        y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
         return (bias_add(y_BTD, self.o_bias_D) if self.bias else y_BTD), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,148 @@
+"""What GPT-2 and GPT-J share: tokens in, hidden states out, a cache for generation, and the head.
+
+Legend: as in `layers`; V is the padded vocabulary.
+"""
+
+import abc
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshgpt.axes import spec
+from meshgpt.errors import UserError
+from meshgpt.layers import Context, Execution, LayerCache, LayerNorm, run_stack, unstack, weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder.
+
+    vocab_size: token ids the model knows. n_positions: longest context. d_ff: MLP width (0 means 4 d_model).
+    vocab_multiple: the embedding is padded to a multiple of this, so that any mesh divides it; padding is masked.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_ff: int = 0
+    layer_norm_eps: float = 1e-5
+    vocab_multiple: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_layers", "n_heads", "d_model", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)}: give a positive number")
+        if self.d_model % self.n_heads:
+            raise UserError(
+                f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}; "
+                f"for example {self.d_model - self.d_model % self.n_heads + self.n_heads}"
+            )
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: x w^T + bias. The weight is at rest (float32, `fsdp` not gathered)."""
+
+    weight_VD: jax.Array
+    bias_V: jax.Array | None
+    vocab_size: int
+
+
+class Decoder(nnx.Module, abc.ABC):
+    """A pre-norm decoder over stacked blocks. A family gives its embedding, its per-pass context, and its head."""
+
+    shape: Shape
+    execution: Execution
+    dtype: jnp.dtype
+    wte_VD: nnx.Param
+    blocks: nnx.Module
+    ln_f: LayerNorm
+
+    @abc.abstractmethod
+    def embed(self, tokens_BT: jax.Array, context: Context) -> jax.Array:
+        """Tokens to x_BTD in the compute dtype."""
+
+    @abc.abstractmethod
+    def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
+        """What all blocks of a pass share."""
+
+    @abc.abstractmethod
+    def head(self) -> Head: ...
+
+    def lookup(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding, (B, T, D) in the compute dtype.
+
+        Looked up in float32: the gradient of a row is a sum over all its occurrences, which 16 bits would round away.
+        """
+        table_VD = weight(self.wte_VD, jnp.float32)
+        return table_VD.at[tokens_BT].get(out_sharding=spec("batch seq embed")).astype(self.dtype)
+
+    def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm, (B, T, D). `key` turns dropout on."""
+        context = self.context(jnp.arange(tokens_BT.shape[1])[None], None, key)
+        x_BTD = self.embed(tokens_BT, context)
+
+        def block(one: nnx.Module, x: jax.Array, key: jax.Array | None) -> jax.Array:
+            return one(x, dataclasses.replace(context, key=key), None)[0]
+
+        x_BTD = run_stack(block, self.blocks, x_BTD, key, self.shape.n_layers, self.execution)
+        return self.ln_f(x_BTD)
+
+    def extend(
+        self, tokens_BT: jax.Array, starts_B: jax.Array, caches: tuple[LayerCache, ...], blocks: list[nnx.Module]
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Hidden states of T more tokens a row, from position starts_B[b] on, and the caches with them appended.
+
+        `blocks` are the single blocks, `layers.unstack(self.blocks, L)`: split once, not on every token.
+        """
+        starts_B = jax.sharding.reshard(starts_B, spec("batch"))
+        positions_BT = starts_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+        context = self.context(positions_BT, starts_B, None)
+        x_BTD = self.embed(tokens_BT, context)
+        new = []
+        for block, cache in zip(blocks, caches, strict=True):
+            x_BTD, cache = block(x_BTD, context, cache)
+            new.append(cache)
+        return self.ln_f(x_BTD), tuple(new)
+
+    def empty_caches(self, batch: int, length: int) -> tuple[LayerCache, ...]:
+        """One empty cache a layer for `batch` rows of up to `length` tokens."""
+        shape = (batch, length, self.shape.n_heads, self.shape.head_size)
+
+        def zeros() -> jax.Array:
+            return jnp.zeros(shape, self.dtype, out_sharding=spec("batch _ heads _"))
+
+        return tuple(LayerCache(zeros(), zeros()) for _ in range(self.shape.n_layers))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """(B, T, V) float32 logits of hidden states; the vocabulary's padding is -inf. For a few tokens: the training
+        loss never holds this whole (see `loss`)."""
+        head = self.head()
+        w_VD = jax.sharding.reshard(head.weight_VD.astype(x_BTD.dtype), spec("vocab _"))
+        y = jnp.einsum(
+            "BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=spec("batch seq vocab")
+        )
+        if head.bias_V is not None:
+            y = y + head.bias_V.astype(jnp.float32)[None, None]
+        return jnp.where(jnp.arange(y.shape[-1])[None, None] < head.vocab_size, y, -jnp.inf)
+
+
+def single_blocks(model: Decoder) -> list[nnx.Module]:
+    """The blocks of a model one by one, for `Decoder.extend`."""
+    return unstack(model.blocks, model.shape.n_layers)

@@ -1,0 +1,141 @@
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+Each device computes the logits of its own tokens and its own slice of the vocabulary, a chunk of tokens at a time, and
+the gradient with respect to hidden states and head in the same pass (they are products of the logits, which are then
+gone). The vocabulary's padding takes no part.
+
+Legend: B batch, T tokens, D d_model, V padded vocabulary; on one device b tokens rows, c tokens of a chunk, v
+vocabulary slice.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from meshgpt.axes import spec
+from meshgpt.decoder import Head
+
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """The next-token objective.
+
+    z_loss: adds z_loss * logsumexp(logits)^2, which keeps the softmax's normaliser near 1 (1e-4 in GPT-J; PaLM,
+    Chowdhery et al. 2022, section 5). chunk_tokens: tokens whose logits one device holds at a time.
+    """
+
+    z_loss: float = 0.0
+    chunk_tokens: int = 8192
+
+
+class _Gradients(NamedTuple):
+    x_BTD: jax.Array
+    weight_VD: jax.Array
+    bias_V: jax.Array | None
+
+
+def cross_entropy(
+    x_BTD: jax.Array, head: Head, targets_BT: jax.Array, weights_BT: jax.Array, objective: NextToken
+) -> jax.Array:
+    """sum over tokens of weight * (logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2), a scalar.
+
+    A sum and not a mean, so that accumulation, packing and uneven hosts cannot change the answer: the caller divides
+    by the sum of the weights. Differentiable in x, the head's weight and its bias.
+    """
+    return _summed(head.vocab_size, objective, x_BTD, head.weight_VD, head.bias_V, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT):
+    return _sharded(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, False)[0]
+
+
+def _forward(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT):
+    return _sharded(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, True)
+
+
+def _backward(vocab_size, objective, gradients: _Gradients, cotangent: jax.Array):
+    scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
+    return scaled.x_BTD, scaled.weight_VD, scaled.bias_V, None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _sharded(
+    vocab_size: int, objective: NextToken, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, differentiate: bool
+) -> tuple[jax.Array, _Gradients | None]:
+    """The loss, and its gradients if asked for, of arrays on the mesh."""
+    x_spec, table, vocab, rows = spec("batch seq embed"), spec("vocab_fsdp embed"), spec("vocab"), spec("batch seq")
+    bias_spec = None if bias_V is None else vocab
+    gradient_specs = _Gradients(x_spec, table, bias_spec) if differentiate else None
+    local = functools.partial(_local, vocab_size, objective, differentiate)
+    return jax.shard_map(
+        local,
+        in_specs=(x_spec, table, bias_spec, rows, rows),
+        out_specs=(PartitionSpec(), gradient_specs),
+        check_vma=False,
+    )(x_BTD, weight_VD, bias_V, targets_BT, weights_BT)
+
+
+def _local(vocab_size, objective, differentiate, x_bTD, weight_shard, bias_v, targets_bT, weights_bT):
+    """What one device does: chunks of its tokens against its slice of the vocabulary."""
+    w_vD = jax.lax.all_gather(weight_shard.astype(x_bTD.dtype), "fsdp", tiled=True)
+    ids_v = jax.lax.axis_index("tensor") * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
+    chunk = functools.partial(_chunk, vocab_size, objective.z_loss, differentiate, w_vD, bias_v, ids_v)
+    xs = tuple(_split(a, objective.chunk_tokens) for a in (x_bTD, targets_bT, weights_bT))
+    zeros = (jnp.zeros((), jnp.float32),)
+    if differentiate:
+        zeros += (jnp.zeros(w_vD.shape, jnp.float32), None if bias_v is None else jnp.zeros(bias_v.shape, jnp.float32))
+    if xs[0].shape[0] == 1:
+        totals, dx = chunk(zeros, tuple(a[0] for a in xs))
+        dx = None if dx is None else dx[None]
+    else:
+        totals, dx = jax.lax.scan(chunk, zeros, xs)
+    loss = jax.lax.psum(totals[0], BATCH_AXES)
+    if not differentiate:
+        return loss, None
+    dx_bTD = jnp.moveaxis(dx, 0, 1).reshape(x_bTD.shape[0], -1, x_bTD.shape[2])[:, : x_bTD.shape[1]]
+    dw = jax.lax.psum_scatter(jax.lax.psum(totals[1], "data"), "fsdp", tiled=True)
+    db = None if bias_v is None else jax.lax.psum(totals[2], BATCH_AXES).astype(bias_v.dtype)
+    return loss, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
+
+
+def _split(a_bT: jax.Array, chunk_tokens: int) -> jax.Array:
+    """(b, T, ...) to (chunks, b, c, ...), T padded with zeros (which weigh nothing) where c does not divide it."""
+    b, length = a_bT.shape[:2]
+    chunks = max(1, min(length, -(-b * length // chunk_tokens)))
+    c = -(-length // chunks)
+    padded = jnp.pad(a_bT, ((0, 0), (0, chunks * c - length)) + ((0, 0),) * (a_bT.ndim - 2))
+    return jnp.moveaxis(padded.reshape(b, chunks, c, *a_bT.shape[2:]), 1, 0)
+
+
+def _chunk(vocab_size, z_loss, differentiate, w_vD, bias_v, ids_v, totals, xs):
+    """Adds one chunk's loss (and gradients) to the totals; gives the gradient of its hidden states."""
+    x_bcD, targets_bc, weights_bc = xs
+    logits = jnp.einsum("bcD,vD->bcv", x_bcD, w_vD, preferred_element_type=jnp.float32)
+    if bias_v is not None:
+        logits = logits + bias_v.astype(jnp.float32)[None, None]
+    logits = jnp.where((ids_v < vocab_size)[None, None], logits, -jnp.inf)
+    top = jax.lax.pmax(logits.max(-1), "tensor")
+    exp = jnp.exp(logits - top[..., None])
+    normaliser = jax.lax.psum(exp.sum(-1), "tensor")
+    logsumexp = jnp.log(normaliser) + top
+    hit = ids_v[None, None] == targets_bc[..., None]
+    gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
+    loss = totals[0] + jnp.sum(weights_bc * (logsumexp - gold + z_loss * jnp.square(logsumexp)))
+    if not differentiate:
+        return (loss,), None
+    slope = weights_bc * (1.0 + 2.0 * z_loss * logsumexp) / normaliser
+    g = exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
+    db = None if bias_v is None else totals[2] + g.sum((0, 1))
+    g = g.astype(x_bcD.dtype)
+    dw = totals[1] + jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
+    dx = jax.lax.psum(jnp.einsum("bcv,vD->bcD", g, w_vD, preferred_element_type=jnp.float32), "tensor")
+    return (loss, dw, db), dx.astype(x_bcD.dtype)
