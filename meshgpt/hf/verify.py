@@ -1,0 +1,122 @@
+"""The export gate: a folder is reopened from disk and compared with the live model."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from meshgpt import trees
+from meshgpt.errors import UserError
+from meshgpt.hf import safetensor
+from meshgpt.hf.config import ModelConfig, read_config
+from meshgpt.hf.live import live_tensors
+from meshgpt.hf.names import stored_tensors
+from meshgpt.hf.read import load
+from meshgpt.hf.source import Source, open_source
+
+# Of the spread of the live logits. Equal parameters give equal logits, but for a kernel that is not deterministic;
+# parameters rounded to 16 bits move them by a few percent; one misplaced tensor moves them by their whole spread.
+_EXACT, _ROUNDED = 1e-5, 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the logits are compared on.
+
+    tokens_BT: real text, int32.
+    logits: (params, tokens_BT) to logits_BTV, as the live model computes them; the padded vocabulary may be included.
+    """
+
+    tokens_BT: np.ndarray
+    logits: Callable[[trees.Tree, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A passed comparison.
+
+    parameters: their number, padding of the vocabulary left out.
+    logit_error: root mean square of the difference of the logits over their spread; 0 for equal dtypes.
+    """
+
+    parameters: int
+    tensors: int
+    tokens: int
+    logit_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"read back from disk: {self.parameters:,} parameters in {self.tensors} tensors are equal, "
+            f"logits on {self.tokens:,} tokens differ by {self.logit_error:.2g} of their spread"
+        )
+
+
+def read_back(folder: Path, params: trees.Tree, config: ModelConfig, probe: Probe, *, release: bool = False) -> Verdict:
+    """Compares the folder on disk with the live model: configuration, parameter count, every tensor, logits.
+
+    `release` deletes `params` before the copy is loaded, so that the two never take memory together.
+
+    Raises:
+      UserError: naming the first thing that differs.
+    """
+    found = dataclasses.replace(read_config(folder), vocab_multiple=config.vocab_multiple)
+    wanted = dataclasses.replace(config, d_ff=config.mlp_width)
+    if found != wanted:
+        raise UserError(f"{folder}/config.json reads back as {found}, and the live model is {wanted}")
+    source = open_source(folder)
+    parameters = _compare_count(source, config)
+    _compare_tensors(source, params, config)
+    logits = _logits(probe, params, config)
+    exact = all(_holds(source, leaf.dtype) for leaf in jax.tree.leaves(params))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
+    if release:
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+    difference = logits - _logits(probe, load(folder, config, abstract), config)
+    error = float(np.sqrt(np.mean(np.square(difference))) / max(float(np.std(logits)), 1e-30))
+    if not error <= (_EXACT if exact else _ROUNDED):
+        raise UserError(
+            f"{folder}: every tensor is equal, yet the logits differ by {error:.2g} of their spread; not exported"
+        )
+    return Verdict(parameters=parameters, tensors=len(source.entries), tokens=probe.tokens_BT.size, logit_error=error)
+
+
+def _compare_count(source: Source, config: ModelConfig) -> int:
+    found = sum(math.prod(entry.shape) for entry in source.entries.values())
+    wanted = sum(math.prod(tensor.shape) for tensor in stored_tensors(config))
+    if found != wanted:
+        raise UserError(f"{source.folder} holds {found:,} parameters, and the live model has {wanted:,}")
+    return found
+
+
+def _compare_tensors(source: Source, params: trees.Tree, config: ModelConfig) -> None:
+    """Bit for bit, after the rounding that the folder's dtype brings."""
+    dtype = _dtype(source)
+    for tensor, contents in live_tensors(params, config, dtype):
+        if tensor.name not in source.entries:
+            raise UserError(f"{source.folder}: {tensor.name} is missing")
+        stored = source.map(tensor.name)
+        if stored.dtype != dtype or stored.shape != contents.shape:
+            raise UserError(f"{source.folder}: {tensor.name} is {stored.dtype} {stored.shape}")
+        differs = stored.view(np.uint8) != contents.view(np.uint8)
+        if differs.any():
+            raise UserError(f"{source.folder}: {tensor.name} is the first tensor that differs from the live model")
+
+
+def _dtype(source: Source) -> np.dtype:
+    codes = {entry.code for entry in source.entries.values()}
+    if len(codes) != 1 or not codes <= set(safetensor.DTYPES):
+        raise UserError(f"{source.folder} holds tensors of dtypes {sorted(codes)}; one float dtype was to be written")
+    return safetensor.DTYPES[codes.pop()]
+
+
+def _holds(source: Source, dtype: np.dtype) -> bool:
+    """Whether the folder's dtype keeps every value of `dtype`."""
+    return np.promote_types(_dtype(source), dtype) == _dtype(source)
+
+
+def _logits(probe: Probe, params: trees.Tree, config: ModelConfig) -> np.ndarray:
+    return np.asarray(probe.logits(params, probe.tokens_BT), np.float32)[..., : config.vocab_size]
