@@ -1,0 +1,95 @@
+"""What pyproject.toml, the README, CI and docs/architecture.md promise about each other and about the code."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import meshgpt
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MODULES = sorted((ROOT / "meshgpt").rglob("*.py"))
+TEST_COMMAND = "pip install -e '.[test]' && pytest"
+LONGEST_MODULE, LONGEST_FUNCTION = 400, 60
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Top-level names of the packages that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def canonical(requirement: str) -> str:
+    """The distribution that a requirement names, as PyPI spells it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;]", requirement)[0]).lower()
+
+
+def test_whatever_the_package_imports_is_declared():
+    lists = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    declared = {canonical(requirement) for requirements in lists for requirement in requirements}
+    providers = importlib.metadata.packages_distributions()
+    for path in MODULES:
+        for name in imported(ast.parse(path.read_text())) - sys.stdlib_module_names - {"meshgpt"}:
+            distributions = {canonical(d) for d in providers.get(name, [name])}
+            assert distributions & declared, f"{path.name} imports {name}, which pyproject.toml does not declare"
+
+
+def test_the_core_needs_no_extra():
+    """Modules import what an extra brings inside functions only."""
+    core = {canonical(requirement) for requirement in PROJECT["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    for path in MODULES:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        at_top = ast.Module(body=top, type_ignores=[])
+        for name in imported(at_top) - sys.stdlib_module_names - {"meshgpt"}:
+            assert {canonical(d) for d in providers.get(name, [name])} & core, f"{path.name} imports {name} at its top"
+
+
+def test_the_console_command_starts():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="meshgpt")
+    assert command.value == "meshgpt.cli:main"
+    assert callable(command.load())
+
+
+def test_versions_agree():
+    assert importlib.metadata.version("meshgpt") == meshgpt.__version__
+    assert f"## {meshgpt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_runs_the_readmes_own_command_and_the_workflow_runs_ci():
+    assert TEST_COMMAND in (ROOT / "README.md").read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    assert TEST_COMMAND in script
+    assert "pre-commit run --all-files" in script
+    assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
+    assert "run: bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_the_import_contract_and_the_architecture_name_the_same_modules():
+    (contract,) = PROJECT["tool"]["importlinter"]["contracts"]
+    in_contract = set(re.findall(r"\w+", " ".join(contract["layers"])))
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1].split("\n## ")[0]
+    numbered = re.findall(r"^\d+\..*?(?=^\d+\.|\n\n)", section, flags=re.MULTILINE | re.DOTALL)
+    outside_brackets = re.sub(r"\([^()]*\)", "", "\n".join(numbered))
+    assert in_contract == set(re.findall(r"`(\w+)`", outside_brackets))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "meshgpt").as_posix())
+def test_modules_and_functions_stay_small_enough_to_read(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_MODULE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
