@@ -1,0 +1,255 @@
+"""Text to a token store: ``meshgpt prepare``.
+
+Memory is bounded by the workers, not by the text. Any kill leaves what was committed, and the same command goes on
+from there; the store is the same, byte for byte, whatever was interrupted and however many workers there were.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from meshgpt.data.documents import Rules, documents
+from meshgpt.data.sources import SourceFile, check_unique, list_files, read_blocks
+from meshgpt.data.store import INDEX, Store, tokenizer_files
+from meshgpt.data.worker import WorkerPool, token_dtype
+from meshgpt.data.writer import StoreWriter, write_atomically
+from meshgpt.errors import UserError
+from meshgpt.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
+
+# Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.
+Progress = Callable[[str, int, int | None], None]
+
+REQUEST = "request.json"
+_LOCK = "prepare.lock"
+_COMMIT_SECONDS = 2.0
+TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """What to tokenize, how, and where to.
+
+    Attributes:
+        sources: text files, `.jsonl` files, folders, globs, each plain, `.gz` or `.zst`; or `stdlib`, the source of the
+            running Python's standard library (without its tests). A text file is one document, a line of `.jsonl` one.
+        out: the folder of the store.
+        tokenizer: a folder or file to load; or
+        train_tokenizer: the kind to train on the text (without its held-out part), with
+        vocab_size: ids.
+        tokenizer_bytes: train the tokenizer on about this much of the text.
+        val_sources: held-out text, as `sources`.
+        val_fraction: the share of `sources`' documents held out, chosen by a hash of their content.
+        field: the field of `.jsonl` that holds the text.
+        extensions: which files of a folder are read (each also with `.gz` and `.zst`).
+        on_invalid_utf8: put U+FFFD for invalid bytes and count them, or refuse.
+        workers: processes; 0 takes one for each CPU.
+        shard_tokens: tokens in a shard.
+        overwrite: replace another store in `out`.
+    """
+
+    sources: tuple[str, ...]
+    out: str
+    tokenizer: str | None = None
+    train_tokenizer: Literal["bpe", "sentencepiece"] | None = None
+    vocab_size: int | None = None
+    tokenizer_bytes: int = 64 << 20
+    val_sources: tuple[str, ...] = ()
+    val_fraction: float = 0.01
+    field: str = "text"
+    extensions: tuple[str, ...] = TEXT_EXTENSIONS
+    on_invalid_utf8: Literal["replace", "error"] = "replace"
+    workers: int = 0
+    shard_tokens: int = 1 << 27
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("no source to prepare: name files, folders, globs, or 'stdlib'")
+        if (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise UserError("name one tokenizer: either --tokenizer PATH or --train-tokenizer bpe|sentencepiece")
+        if self.train_tokenizer is not None and self.vocab_size is None:
+            raise UserError("--train-tokenizer needs --vocab-size N (8192 suits a few MB of text, 50257 some GB)")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise UserError(f"--vocab-size {self.vocab_size} goes with --train-tokenizer; a loaded one has its own")
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise UserError(f"val_fraction {self.val_fraction} must be at least 0 and less than 1")
+        for name in ("shard_tokens", "tokenizer_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.workers < 0:
+            raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
+
+    @property
+    def rules(self) -> Rules:
+        """How bytes become documents."""
+        return Rules(field=self.field, on_invalid_utf8=self.on_invalid_utf8, val_fraction=self.val_fraction)
+
+
+def prepare(config: Prepare, progress: Progress) -> Store:
+    """Makes the store that `config` asks for, or what is left of it to make; one that is finished is opened at once.
+
+    Raises:
+        UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
+    """
+    files = list_files(config.sources, config.extensions)
+    files += list_files(config.val_sources, config.extensions, held_out=True)
+    check_unique(files)
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            _claim(out, _request(config, files), config.overwrite)
+            if not (out / INDEX).exists():
+                _build(config, files, out, progress)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk is full ({out}): free space and run this again; what is done is kept") from error
+        raise UserError(f"cannot write the store {out}: {error}") from error
+    return Store.open(out)
+
+
+def _build(config: Prepare, files: list[SourceFile], out: Path, progress: Progress) -> None:
+    tokenizer = _tokenizer(config, files, out / "tokenizer", progress)
+    writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens)
+    total = sum(file.size for file in files)
+    try:
+        with WorkerPool(config.workers or _cpus(), out / "tokenizer", config.rules) as pool:
+            committed = time.monotonic()
+            for read, result in pool.map(read_blocks(files, writer.position)):
+                writer.append(read, result)
+                progress("tokenizing", read.bytes_read, total)
+                if time.monotonic() - committed > _COMMIT_SECONDS:
+                    writer.commit()
+                    committed = time.monotonic()
+    except BaseException:
+        writer.close()
+        raise
+    entries = writer.finish(lambda done, whole: progress("gzip -9 of the held-out text", done, whole))
+    _check_splits(config, entries["splits"])
+    index = _index(config, tokenizer, entries, out)
+    write_atomically(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    writer.remove_work_files()
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _check_splits(config: Prepare, splits: dict[str, Any]) -> None:
+    train, val = splits["train"]["num_documents"], splits["val"]["num_documents"]
+    where = ", ".join(config.sources)
+    if train + val == 0:
+        raise UserError(f"{where} holds no text at all: every file is empty")
+    if train == 0:
+        raise UserError(f"all {val} documents of {where} were held out: lower --val-fraction {config.val_fraction}")
+    if val == 0 and config.val_fraction > 0:
+        raise UserError(
+            f"none of the {train} documents of {where} fell into the held-out {config.val_fraction:.3%}: raise "
+            "--val-fraction, name held-out text with --val-sources, or pass --val-fraction 0 to go without"
+        )
+
+
+def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
+    return {
+        "format": "meshgpt token store",
+        "version": 1,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "shard_tokens": config.shard_tokens,
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer_files(out / "tokenizer")},
+        **entries,
+        "prepare": {**asdict(config.rules), "sources": config.sources, "val_sources": config.val_sources},
+    }
+
+
+def _request(config: Prepare, files: list[SourceFile]) -> dict[str, Any]:
+    """Everything that the store's content depends on."""
+    settings = asdict(config)
+    for name in ("out", "workers", "overwrite", "tokenizer"):
+        del settings[name]
+    settings["tokenizer"] = None if config.tokenizer is None else load_tokenizer(config.tokenizer).fingerprint
+    settings["files"] = [[file.name, file.size, file.mtime_ns] for file in files]
+    return json.loads(json.dumps(settings))
+
+
+def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
+    """Makes sure that `out` is new, or holds this very request, finished or not."""
+    path = out / REQUEST
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held == request:
+            return
+        different = [key for key in request if held.get(key) != request[key]]
+        if not overwrite:
+            raise UserError(
+                f"{out} holds a store made differently ({_difference(different[0], held, request)}): "
+                "choose another --out, or pass --overwrite to replace it"
+            )
+        for child in out.iterdir():
+            if child.name != _LOCK:
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+    elif any(child.name != _LOCK for child in out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no token store: choose another --out")
+    write_atomically(path, json.dumps(request, ensure_ascii=False))
+
+
+def _difference(key: str, held: dict[str, Any], request: dict[str, Any]) -> str:
+    if key != "files":
+        return f"{key} was {held.get(key)!r}, now {request[key]!r}"
+    before = {tuple(file) for file in held["files"]}
+    after = {tuple(file) for file in request["files"]}
+    return f"source file {min(before ^ after)[0]} was added, removed or changed" if before != after else "other order"
+
+
+def _tokenizer(config: Prepare, files: list[SourceFile], folder: Path, progress: Progress) -> Tokenizer:
+    """Loads or trains the tokenizer, once: an interrupted run finds it in `folder`, which appears whole."""
+    if folder.exists():
+        return load_tokenizer(folder)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        assert config.vocab_size is not None
+        train = train_bpe if config.train_tokenizer == "bpe" else train_sentencepiece
+        tokenizer = train(_training_texts(config, files, progress), config.vocab_size)
+    temporary = folder.with_name("tokenizer.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    os.replace(temporary, folder)
+    return load_tokenizer(folder)
+
+
+def _training_texts(config: Prepare, files: list[SourceFile], progress: Progress) -> Iterator[str]:
+    """About `tokenizer_bytes` of the text, in blocks spread evenly over it, without held-out documents."""
+    total = sum(file.size for file in files)
+    share = min(1.0, config.tokenizer_bytes / max(1, total))
+    taken = 0.0
+    for read in read_blocks(files):
+        progress("training the tokenizer", read.bytes_read, total)
+        taken += share
+        if taken < 1.0:
+            continue
+        taken -= 1.0
+        for document in documents(read.block, config.rules):
+            if not document.held_out:
+                yield document.text
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One prepare a folder; the lock dies with the process."""
+    with open(out / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another prepare is at work in {out}: wait for it, or choose another --out") from error
+        yield

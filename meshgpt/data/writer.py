@@ -1,0 +1,277 @@
+"""Writes a token store in order, so that it can be cut off anywhere and go on from the last commit."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshgpt.data.sources import Position, ReadBlock
+from meshgpt.data.worker import DOCUMENT, SPLITS, SplitPart, Tokenized
+
+JOURNAL = "journal.json"
+SOURCES = "sources.jsonl"
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What was counted on the way."""
+
+    replaced: int = 0
+    replaced_documents: int = 0
+
+
+class Appender:
+    """A file that only grows, with its size and sha256; opening it cuts it back to `size`."""
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path = path
+        self._hash = hashlib.sha256()
+        self._file = open(path, "r+b" if size else "wb")  # noqa: SIM115 (closed by close)
+        self.size = size
+        left = size
+        while left:
+            data = self._file.read(min(left, _COPY_BYTES))
+            if not data:
+                raise OSError(f"{path} is shorter than the {size} bytes that were committed")
+            self._hash.update(data)
+            left -= len(data)
+        self._file.truncate(size)
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+class SplitWriter:
+    """The shards and the document table of one split.
+
+    Every shard but the last holds exactly `shard_tokens` tokens. The table grows as ``<split>.documents`` and becomes
+    ``<split>.documents.npy`` in `finish`.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None):
+        self._folder, self._split = folder, split
+        self._shard_bytes = shard_tokens * dtype.itemsize
+        self._itemsize = dtype.itemsize
+        self.shards: list[dict[str, Any]] = [] if state is None else state["shards"]
+        self.num_bytes = 0 if state is None else state["num_bytes"]
+        self._shard = self._open_shard(0 if state is None else state["shard_size"])
+        self._table = Appender(folder / f"{split}.documents", 0 if state is None else state["table_size"])
+        self._open_bytes = 0  # of the document that is still being written
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard["num_tokens"] for shard in self.shards) + self._shard.size // self._itemsize
+
+    @property
+    def num_documents(self) -> int:
+        return self._table.size // DOCUMENT.itemsize
+
+    def append(self, part: SplitPart, *, closes: bool, digest: str | None) -> None:
+        """Adds a block's part; when it does not close its document, the row waits for the part that does."""
+        start = self.num_tokens
+        data = memoryview(part.tokens)
+        while data:
+            room = self._shard_bytes - self._shard.size
+            self._shard.append(bytes(data[:room]))
+            data = data[room:]
+            if self._shard.size == self._shard_bytes:
+                self._close_shard()
+                self._shard = self._open_shard(0)
+        rows = part.documents.copy()
+        size = int(rows["bytes"].sum())
+        self.num_bytes += size
+        if not closes:
+            self._open_bytes += size
+            return
+        rows["end"] += start
+        if len(rows) and self._open_bytes:
+            rows["bytes"][0] += self._open_bytes
+            self._open_bytes = 0
+        if len(rows) and digest is not None:
+            rows["digest"][0] = np.frombuffer(bytes.fromhex(digest), "<u8")
+        self._table.append(rows.tobytes())
+
+    def commit(self) -> dict[str, Any]:
+        """Brings everything to disk and returns the state that `__init__` takes."""
+        self._shard.sync()
+        self._table.sync()
+        return {
+            "shards": self.shards,
+            "shard_size": self._shard.size,
+            "table_size": self._table.size,
+            "num_bytes": self.num_bytes,
+        }
+
+    def close(self) -> None:
+        """Closes the files, leaving them as they are."""
+        self._shard.close()
+        self._table.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Closes everything; the split's entry of the index."""
+        num_documents, num_tokens = self.num_documents, self.num_tokens
+        if self._shard.size:
+            self._close_shard()
+        else:
+            self._shard.close()
+            self._shard.path.unlink()
+        self._table.close()
+        table = self._folder / f"{self._split}.documents.npy"
+        with open(table, "wb") as out:
+            header = {"descr": DOCUMENT.descr, "fortran_order": False, "shape": (num_documents,)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for data in _chunks(self._table.path):
+                out.write(data)
+        return {
+            "num_tokens": num_tokens,
+            "num_documents": num_documents,
+            "num_bytes": self.num_bytes,
+            "documents": {"file": table.name, "sha256": file_sha256(table)},
+            "shards": self.shards,
+        }
+
+    def _open_shard(self, size: int) -> Appender:
+        return Appender(self._folder / f"{self._split}-{len(self.shards):05d}.bin", size)
+
+    def _close_shard(self) -> None:
+        shard = self._shard
+        shard.close()
+        self.shards.append(
+            {"file": shard.path.name, "num_tokens": shard.size // self._itemsize, "sha256": shard.sha256}
+        )
+
+
+class StoreWriter:
+    """Both splits, the list of source files, and the journal that says how far everything is."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int):
+        self._folder = folder
+        journal = folder / JOURNAL
+        state = json.loads(journal.read_text()) if journal.exists() else None
+        self.position = Position() if state is None else Position(**state["position"])
+        self.counts = Counts() if state is None else Counts(**state["counts"])
+        splits = dict.fromkeys(SPLITS) if state is None else state["splits"]
+        self._splits = {split: SplitWriter(folder, split, dtype, shard_tokens, splits[split]) for split in SPLITS}
+        self._sources = Appender(folder / SOURCES, 0 if state is None else state["sources_size"])
+        self._val_text = Appender(folder / "val.text", 0 if state is None else state["val_text_size"])
+        self._between_documents = True
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(split.num_tokens for split in self._splits.values())
+
+    def append(self, read: ReadBlock, result: Tokenized) -> None:
+        """Adds the next block."""
+        fragment = read.block.fragment
+        self._between_documents = fragment is None or fragment.closes
+        for split in SPLITS:
+            digest = None if fragment is None else fragment.digest
+            self._splits[split].append(result.parts[split], closes=self._between_documents, digest=digest)
+        self._val_text.append(result.val_text)
+        for digest in read.finished:
+            self._sources.append(json.dumps(asdict(digest), ensure_ascii=False).encode() + b"\n")
+        self.counts = Counts(
+            replaced=self.counts.replaced + result.replaced,
+            replaced_documents=self.counts.replaced_documents + result.replaced_documents,
+        )
+        self.position = read.after
+
+    def commit(self) -> None:
+        """Makes everything so far survive a crash; does nothing in the middle of a document."""
+        if not self._between_documents:
+            return
+        state = {
+            "position": asdict(self.position),
+            "counts": asdict(self.counts),
+            "splits": {split: writer.commit() for split, writer in self._splits.items()},
+        }
+        for appender in (self._sources, self._val_text):
+            appender.sync()
+        state |= {"sources_size": self._sources.size, "val_text_size": self._val_text.size}
+        write_atomically(self._folder / JOURNAL, json.dumps(state))
+
+    def close(self) -> None:
+        """Closes the files without finishing."""
+        for writer in self._splits.values():
+            writer.close()
+        self._sources.close()
+        self._val_text.close()
+
+    def finish(self, on_gzip: Callable[[int, int], None]) -> dict[str, Any]:
+        """Closes the store's files; the index's entries about them.
+
+        Args:
+            on_gzip: called with the bytes compressed so far, and in all.
+        """
+        self.commit()
+        self._sources.close()
+        self._val_text.close()
+        splits = {split: writer.finish() for split, writer in self._splits.items()}
+        splits["val"]["gzip_bytes"] = gzip_size(self._val_text.path, on_gzip)
+        return {
+            "splits": splits,
+            "sources": {"file": SOURCES, "sha256": self._sources.sha256},
+            "replaced": asdict(self.counts),
+        }
+
+    def remove_work_files(self) -> None:
+        """To be called once the index is written."""
+        for name in (JOURNAL, "val.text", *(f"{split}.documents" for split in SPLITS)):
+            (self._folder / name).unlink(missing_ok=True)
+
+
+def gzip_size(path: Path, on_progress: Callable[[int, int], None]) -> int:
+    """The size that ``gzip -9`` makes of a file, in constant memory (without the file name that gzip records)."""
+    total = path.stat().st_size
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31, 9)
+    size = done = 0
+    for data in _chunks(path):
+        size += len(compressor.compress(data))
+        done += len(data)
+        on_progress(done, total)
+    return size + len(compressor.flush())
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    for data in _chunks(path):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file so that it is either the old or the new one, even after a power failure."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(_COPY_BYTES):
+            yield data
