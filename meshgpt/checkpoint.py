@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import jax
 import numpy as np
@@ -26,12 +26,14 @@ from jax.experimental import multihost_utils
 
 from meshgpt import digests, tree_io
 from meshgpt.errors import UserError
+from meshgpt.trees import Tree
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 _LONG_CHECK_BYTES = 4 * 10**9
 _LONG_WAIT_SECONDS = 1.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NONE, _DAMAGED = -1, -2  # in place of a step, where process 0 tells the others
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -70,7 +72,7 @@ class Checkpointer:
         self._report = report
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._saved: int | None = None
+        self._at: int | None = None  # the step that the folder is known to hold: last saved or restored
         self._verified: set[int] = set()
         self._damaged: set[int] = set()
         _silence_orbax()
@@ -79,7 +81,7 @@ class Checkpointer:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 _remove_leftovers(self._folder)
             except OSError as error:
-                raise _explained(error, self._folder) from error
+                _raise_explained(error, self._folder)
         _barrier("checkpoint folder is clean")
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
@@ -89,11 +91,11 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: tree_io.PyTree, metadata: Mapping[str, JSON]) -> None:
+    def save(self, step: int, state: Tree, metadata: Mapping[str, JSON]) -> None:
         """Copies `state` off the devices and returns; writing, digests and deletion go on in the background.
 
         Never skipped: it waits for a save still under way, and says so when that takes long. What an abandoned or
-        damaged save left for the same step is replaced; a step that this object has saved already is left alone.
+        damaged save left for the same step is replaced; the step last saved or restored here is left as it is.
         Steps only grow: a later step left by an abandoned branch would be taken for the newest at the next start.
 
         Args:
@@ -109,7 +111,7 @@ class Checkpointer:
         waited = time.monotonic() - started
         if waited > _LONG_WAIT_SECONDS:
             self._report(f"waited {waited:.1f} s for the checkpoint before {step} (checkpointing.every is low)")
-        if step == self._saved:
+        if step == self._at:
             return
         metadata_args = {tree_io.METADATA: ocp.args.JsonSave(dict(metadata))}
         items = ocp.args.Composite(**tree_io.save_args(state), **metadata_args)
@@ -118,9 +120,10 @@ class Checkpointer:
                 _remove_step(self._folder, step)
             self._orbax.save(self._folder / str(step), args=items)
         except (OSError, ValueError) as error:
-            raise _explained(error, self._folder) from error
-        self._saved = step
+            _raise_explained(error, self._folder)
+        self._at = step
         self._damaged.discard(step)
+        self._verified.discard(step)
         self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint digests", daemon=True)
         self._thread.start()
 
@@ -133,17 +136,20 @@ class Checkpointer:
             UserError: steps were completed here and not one of them is intact.
         """
         self.wait()
-        newest = -1
+        newest, problem = _NONE, UserError("no intact checkpoint: process 0 has the reason")
         if jax.process_index() == 0:
-            found, self._damaged = _find_intact(self._folder, self._report)
-            newest = -1 if found is None else found
+            try:
+                found, self._damaged = _find_intact(self._folder, self._report)
+                newest = _NONE if found is None else found
+            except UserError as error:
+                newest, problem = _DAMAGED, error
         newest = _from_process_0(newest)
-        if newest < 0:
-            return None
-        self._verified.add(newest)
-        return newest
+        self._verified = {newest}
+        if newest == _DAMAGED:
+            raise problem
+        return None if newest == _NONE else newest
 
-    def restore(self, step: int, abstract_state: tree_io.PyTree) -> tree_io.PyTree:
+    def restore(self, step: int, abstract_state: Tree) -> Tree:
         """The state saved at `step`, laid out as `abstract_state` asks, whatever the mesh it was saved from.
 
         Args:
@@ -155,16 +161,10 @@ class Checkpointer:
         """
         self.wait()
         if step not in self._verified:
-            damage = ""
-            if jax.process_index() == 0:
-                try:
-                    digests.verify(self._folder / str(step))
-                except digests.DamagedError as error:
-                    damage = str(error)
-            if _from_process_0(int(bool(damage))):
-                raise _damaged_step(self._folder, step, damage or "see process 0")
-            self._verified.add(step)
-        return tree_io.restore(self._folder / str(step), abstract_state)
+            self._verify(step)
+        state = tree_io.restore(self._folder / str(step), abstract_state)
+        self._at = step
+        return state
 
     def metadata(self, step: int) -> dict[str, JSON]:
         """What was given to `save` beside the state."""
@@ -181,8 +181,8 @@ class Checkpointer:
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
-            self._saved = None
-            raise _explained(failure, self._folder) from failure
+            self._at = None
+            _raise_explained(failure, self._folder)
 
     def close(self) -> None:
         """Waits as `wait` does, and ends orbax's threads."""
@@ -190,6 +190,17 @@ class Checkpointer:
             self.wait()
         finally:
             self._orbax.close()
+
+    def _verify(self, step: int) -> None:
+        damage = ""
+        if jax.process_index() == 0:
+            try:
+                digests.verify(self._folder / str(step))
+            except digests.DamagedError as error:
+                damage = str(error)
+        if _from_process_0(_DAMAGED if damage else step) == _DAMAGED:
+            raise _damaged_step(self._folder, step, damage or "process 0 has the reason")
+        self._verified.add(step)
 
     def _finish(self, step: int) -> None:
         try:
@@ -216,7 +227,7 @@ def latest_step(folder: Path, report: Callable[[str], None]) -> int | None:
     return _find_intact(folder.absolute(), report)[0]
 
 
-def restore_params(folder: Path, step: int, abstract_params: tree_io.PyTree) -> tree_io.PyTree:
+def restore_params(folder: Path, step: int, abstract_params: Tree) -> Tree:
     """The parameters alone, without reading the optimizer state. Their digests are checked by `latest_step`."""
     _silence_orbax()
     return tree_io.restore(folder.absolute() / str(step), {"params": abstract_params})["params"]
@@ -291,20 +302,20 @@ def _remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def _explained(error: BaseException, folder: Path) -> BaseException:
-    """The user's error where the disk is at fault, else `error` itself. Tensorstore has the number in its text only."""
-    if isinstance(error, UserError):
-        return error
+def _raise_explained(error: Exception, folder: Path) -> NoReturn:
+    """Raises the user's error where the disk is at fault, else `error`. Tensorstore has the number in its text only."""
     stated = re.search(r"os_error_code='(\d+)'", str(error))
     code = int(stated.group(1)) if stated else error.errno if isinstance(error, OSError) else None
     if code in _FULL:
-        return UserError(
+        raise UserError(
             f"cannot save to {folder}: the disk (or a quota, or the file size limit) is full. The checkpoints saved "
             "before are intact. Free space, or lower checkpointing.keep, then start the same command again to resume"
-        )
+        ) from error
     if code in _REFUSED:
-        return UserError(f"cannot save to {folder}: {error}. Make it writable, or choose another run directory")
-    return error
+        raise UserError(
+            f"cannot save to {folder}: {error}. Make it writable, or choose another run directory"
+        ) from error
+    raise error
 
 
 def _silence_orbax() -> None:

@@ -42,7 +42,7 @@ def write_manifest(folder: Path) -> None:
     manifest = manifest_path(folder)
     unfinished = manifest.with_name(manifest.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
-        file.write(_canonical({"version": _VERSION, "folder": folder.name, "files": files}))
+        file.write(_canonical(_signed({"version": _VERSION, "folder": folder.name, "files": files})))
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(manifest)
@@ -121,13 +121,13 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         text = manifest.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DamagedError(f"it has no {manifest.name}: its save did not finish") from None
+        raise DamagedError(f"it has no {manifest.name}: its save did not finish or is still under way") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{manifest.name} cannot be read ({error})") from error
     try:
         document = json.loads(text)
-        # Equality of the text too: a flipped bit that JSON forgives (white space, a duplicate key) is still damage.
-        intact = document == _checked(document, folder.name) and text == _canonical(document)
+        # The text counts too: a flipped bit that JSON forgives (white space, a duplicate key) is still damage.
+        intact = document == _expected(document, folder.name) and text == _canonical(document)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact = False
     if not intact:
@@ -138,12 +138,17 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return document["files"]
 
 
-def _checked(document: Any, name: str) -> dict[str, Any]:
+def _expected(document: Any, name: str) -> dict[str, Any]:
     """The document that `document` must equal: known fields of the right type and nothing else."""
     files = {
         path: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for path, entry in document["files"].items()
     }
-    return {"version": _VERSION, "folder": name, "files": files}
+    return _signed({"version": _VERSION, "folder": name, "files": files})
+
+
+def _signed(document: dict[str, Any]) -> dict[str, Any]:
+    """With its own digest, so that a damaged manifest is not taken for damaged files."""
+    return document | {"sha256": hashlib.sha256(_canonical(document).encode()).hexdigest()}
 
 
 def _inside(path: str) -> bool:

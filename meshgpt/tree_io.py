@@ -5,7 +5,7 @@ What is on disk names no Python class, so a state of dicts, NamedTuples and data
 
 import re
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from meshgpt.errors import UserError
-
-PyTree: TypeAlias = Any
+from meshgpt.trees import Tree, leaves_with_names
 
 METADATA = "metadata"
 """The item of a step that is no part of the state."""
@@ -23,12 +22,12 @@ METADATA = "metadata"
 _LEAF = "value"
 
 
-def save_args(state: PyTree) -> dict[str, ocp.args.PyTreeSave]:
+def save_args(state: Tree) -> dict[str, ocp.args.PyTreeSave]:
     """Orbax's argument for each top-level entry of `state`; entries without a leaf have none."""
     return {name: ocp.args.PyTreeSave(item) for name, item in _items(jax.tree.map(_as_array, state)).items()}
 
 
-def restore(path: Path, abstract_state: PyTree) -> PyTree:
+def restore(path: Path, abstract_state: Tree) -> Tree:
     """Reads the leaves of `abstract_state` from the step folder `path`, each process only what its devices hold."""
     abstract_state = _with_shardings(abstract_state)
     restored = {}
@@ -41,7 +40,7 @@ def restore(path: Path, abstract_state: PyTree) -> PyTree:
             restored[name] = reader.restore(path / name, args=args)
     finally:
         reader.close()
-    leaves = [_at(restored, _names(key_path)) for key_path, _ in jax.tree.flatten_with_path(abstract_state)[0]]
+    leaves = [_at(restored, _keys(name)) for name, _ in leaves_with_names(abstract_state)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
 
@@ -49,7 +48,7 @@ def _restore_arg(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
 
 
-def _refuse_other_leaves(reader: ocp.Checkpointer, path: Path, item: PyTree) -> None:
+def _refuse_other_leaves(reader: ocp.Checkpointer, path: Path, item: Tree) -> None:
     if not path.is_dir():
         raise UserError(f"checkpoint {path.parent} holds no {path.name!r}: it was saved by another kind of run")
     stored: Any = reader.metadata(path).item_metadata
@@ -68,41 +67,40 @@ def _described(leaf: tuple[tuple[int, ...], str] | None) -> str:
     return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
-def _shapes(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
+def _shapes(tree: Tree) -> dict[str, tuple[tuple[int, ...], str]]:
     """Path -> shape and dtype of each leaf, which may be anything that has both."""
-    leaves = jax.tree.flatten_with_path(tree)[0]
-    return {"/".join(_names(path)): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
+    return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in leaves_with_names(tree)}
 
 
-def _items(tree: PyTree) -> dict[str, Any]:
+def _items(tree: Tree) -> dict[str, Any]:
     """The leaves of `tree` in nested dicts by name, whatever containers held them: what is on disk names no class."""
     items: dict[str, Any] = {}
-    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
-        *parents, last = _names(path)
+    for name, leaf in leaves_with_names(tree):
+        *parents, last = _keys(name)
         node = items
-        for name in parents:
-            node = node.setdefault(name, {})
+        for key in parents:
+            node = node.setdefault(key, {})
         if last in node:
-            raise ValueError(f"two leaves of the state are named {'/'.join(_names(path))}")
+            raise ValueError(f"two leaves of the state are named {name}")
         node[last] = leaf
     if METADATA in items:
         raise ValueError(f"the state has an entry {METADATA!r}, a name that checkpoints use themselves")
     return items
 
 
-def _names(path: tuple[Any, ...]) -> list[str]:
-    """Names along a key path; a leaf at the top of the state becomes an item of one leaf."""
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_+-]+", name):
-            raise ValueError(f"a name in the state is {name!r}: use letters, digits and underscores")
-    return names if len(names) > 1 else [*names, _LEAF]
+def _keys(name: str) -> list[str]:
+    """Keys along the name of a leaf; a leaf at the top of the state becomes an item of one leaf."""
+    keys = name.split("/")
+    for key in keys:
+        if not re.fullmatch(r"[A-Za-z0-9_+-]+", key):
+            raise ValueError(f"a name in the state is {key!r}: use letters, digits and underscores")
+    return keys if len(keys) > 1 else [*keys, _LEAF]
 
 
-def _at(tree: dict[str, Any], names: list[str]) -> jax.Array:
+def _at(tree: dict[str, Any], keys: list[str]) -> jax.Array:
     node: Any = tree
-    for name in names:
-        node = node[name]
+    for key in keys:
+        node = node[key]
     return node
 
 
@@ -111,7 +109,7 @@ def _as_array(leaf: Any) -> jax.Array | np.ndarray:
     return leaf if isinstance(leaf, jax.Array) else np.asarray(jnp.asarray(leaf))
 
 
-def _with_shardings(abstract: PyTree) -> PyTree:
+def _with_shardings(abstract: Tree) -> Tree:
     """Every leaf gets a sharding over real devices: `jax.eval_shape` leaves none, or one over an abstract mesh."""
     mesh = jax.sharding.get_mesh()
 

@@ -1,0 +1,145 @@
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from meshgpt import digests
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "20"
+    (folder / "params" / "d").mkdir(parents=True)
+    generator = random.Random(0)
+    for name, size in {"a": 3000, "params/b": 1, "params/empty": 0, "params/d/c": 700}.items():
+        (folder / name).write_bytes(generator.randbytes(size))
+    digests.write_manifest(folder)
+    return folder
+
+
+def _rewrite(folder: Path, change) -> None:
+    """Changes the manifest, with the digest of its own that write_manifest would give it."""
+    manifest = digests.manifest_path(folder)
+    document = json.loads(manifest.read_text())
+    del document["sha256"]
+    change(document)
+    text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+    document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    manifest.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def test_what_was_written_is_intact(folder: Path):
+    digests.verify(folder)
+    assert digests.size(folder) == 3701
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_the_digests_are_those_of_sha256(folder: Path):
+    files = json.loads(digests.manifest_path(folder).read_text())["files"]
+    assert files["params/empty"] == {
+        "size": 0,
+        "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # FIPS 180-4, the empty message
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "params/b").unlink(), "params/b is missing"),
+        (lambda folder: os.truncate(folder / "a", 2999), "a has 2,999 bytes instead of 3,000"),
+        (lambda folder: (folder / "params/d/extra").touch(), "params/d/extra is not in the manifest"),
+        (lambda folder: (folder / "params/b").write_bytes(b"\x00\x01"), "params/b has 2 bytes instead of 1"),
+        (lambda folder: (folder / "a").write_bytes(bytes(3000)), "a does not match its digest"),
+        (lambda folder: digests.manifest_path(folder).unlink(), "it has no 20.digests.json"),
+        (lambda folder: digests.manifest_path(folder).write_bytes(b"\xff"), "20.digests.json cannot be read"),
+        (lambda folder: digests.manifest_path(folder).write_text("[]"), "20.digests.json is damaged"),
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "its folder is missing"),
+    ],
+)
+def test_damage_is_named(folder: Path, damage, message: str):
+    damage(folder)
+    with pytest.raises(digests.DamagedError, match=message):
+        digests.verify(folder)
+
+
+def test_many_damaged_files_are_counted(folder: Path):
+    for number in range(7):
+        (folder / f"extra{number}").touch()
+    with pytest.raises(digests.DamagedError, match=r"extra0 .*; extra1 .*; extra2 .*; and 4 more$"):
+        digests.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "/etc/passwd", "params/../../outside", "a/./b", "a//b", "..\\b", ".", ""]
+)
+def test_a_manifest_may_not_name_a_path_outside(folder: Path, path: str):
+    outside = folder.parent / "outside"
+    outside.touch()
+    _rewrite(folder, lambda document: document["files"].update({path: document["files"]["params/empty"]}))
+    with pytest.raises(digests.DamagedError, match="not a path inside the folder"):
+        digests.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.update(version=2),
+        lambda document: document.update(folder="10"),
+        lambda document: document.update(more=1),
+        lambda document: document.pop("files"),
+        lambda document: document["files"]["a"].pop("sha256"),
+        lambda document: document["files"]["a"].update(size="3000"),
+        lambda document: document["files"]["a"].update(more=1),
+        lambda document: document["files"].update(a=None),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(folder: Path, change):
+    _rewrite(folder, change)
+    with pytest.raises(digests.DamagedError, match=r"20\.digests\.json is damaged"):
+        digests.verify(folder)
+
+
+def test_links_are_refused(folder: Path):
+    target = folder.parent / "same content"
+    (folder / "a").rename(target)
+    (folder / "a").symlink_to(target)
+    with pytest.raises(digests.DamagedError, match="a is not a plain file"):
+        digests.verify(folder)
+    with pytest.raises(digests.DamagedError, match="a is not a plain file"):
+        digests.write_manifest(folder)
+
+
+def test_links_to_folders_are_refused(folder: Path):
+    target = folder.parent / "moved"
+    (folder / "params").rename(target)
+    (folder / "params").symlink_to(target)
+    with pytest.raises(digests.DamagedError, match="params is not a plain file"):
+        digests.verify(folder)
+
+
+def test_every_flipped_bit_of_the_manifest_is_caught(folder: Path):
+    manifest = digests.manifest_path(folder)
+    content = manifest.read_bytes()
+    for position in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        manifest.write_bytes(flipped)
+        with pytest.raises(digests.DamagedError, match=r"20\.digests\.json"):
+            digests.verify(folder)
+
+
+def test_the_manifest_appears_whole_or_not_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before = digests.manifest_path(folder).read_bytes()
+    (folder / "a").write_bytes(b"new")
+
+    def power_fails(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+            raise OSError("the power fails")
+
+    monkeypatch.setattr(os, "fsync", power_fails)
+    with pytest.raises(OSError, match="the power fails"):
+        digests.write_manifest(folder)
+    assert digests.manifest_path(folder).read_bytes() == before
