@@ -1,0 +1,145 @@
+"""One training step: gradients of a summed loss over microbatches, one clipped update, one compiled program.
+
+Legend: A microbatches accumulated, M rows of a microbatch, T tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from meshgpt.loss import NextToken, cross_entropy
+from meshgpt.models import Model
+from meshgpt.optim import Optimizer, learning_rate
+from meshgpt.trees import Tree
+
+# loss(params, tokens (M, T + 1), weights (M, T), key) -> (sum over tokens, sum of weights). Sums, never means: adding
+# up microbatches, uneven rows or hosts then cannot change the answer.
+Loss: TypeAlias = Callable[[Tree, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+Metrics: TypeAlias = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    step: steps taken, skipped ones too. skipped: steps whose loss or gradient was not finite, which left parameters
+    and optimizer untouched. streak: how many of those came last, in a row.
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    skipped: jax.Array
+    streak: jax.Array
+
+    def items(self) -> dict[str, Tree]:
+        """The state as checkpoints keep it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def init_state(model: Model, optim: Optimizer, key: jax.Array) -> TrainState:
+    """A fresh state on the mesh that is set. Call it under `jax.jit`; under `jax.eval_shape` it allocates nothing."""
+    return from_params(model.init(key), optim)
+
+
+def from_params(params: Tree, optim: Optimizer) -> TrainState:
+    """The state that starts from given parameters."""
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    return TrainState(zero(), params, optim.direction().init(params), zero(), zero())
+
+
+def next_token_loss(model: Model, objective: NextToken) -> Loss:
+    """The loss of predicting each row's next token."""
+
+    def loss(
+        params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        decoder = model.bind(params)
+        x_MTD = decoder.hidden(tokens[:, :-1], key)
+        return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
+
+    return loss
+
+
+def make_train_step(
+    loss: Loss, optim: Optimizer, total_steps: int, dropout_key: jax.Array | None
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """step(state, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics), to be jitted with the state donated.
+
+    Metrics, scalars: `loss` (mean nats a token), `grad_norm` (before clipping), `learning_rate`, `tokens` (weights
+    summed), `skipped_steps`, `skipped_in_a_row`.
+    """
+    rate = learning_rate(optim, total_steps)
+    direction = optim.direction()
+
+    def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
+        total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key)
+        norm = global_norm(gradients) / weight
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        # One factor does both: from sum to mean, and the clipping.
+        clip = jnp.minimum(1.0, optim.clip_norm / norm) if optim.clip_norm else jnp.float32(1.0)
+        factor = clip / weight
+        gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
+            updates, opt_state = direction.update(gradients, state.opt_state, state.params)
+            lr = jnp.asarray(rate(state.step), jnp.float32)
+        params = jax.tree.map(lambda p, u: (p - lr.astype(u.dtype) * u).astype(p.dtype), state.params, updates)
+
+        def keep(new: Tree, old: Tree) -> Tree:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        bad = jnp.where(finite, 0, 1)
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            streak=jnp.where(finite, 0, state.streak + 1),
+        )
+        metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
+        return new, metrics | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
+
+    return train_step
+
+
+def _accumulate(
+    loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """Sums of loss, weights and gradients over the leading axis of tokens and weights."""
+
+    def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+        micro = None if key is None else jax.random.fold_in(key, index)
+        (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
+        return total, weight, gradients
+
+    count = tokens.shape[0]
+    if count == 1:
+        return one(tokens[0], weights[0], jnp.int32(0))
+
+    def body(sums: Tree, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sums, one(*xs)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(body, zeros, (tokens, weights, jnp.arange(count)))[0]
+
+
+def make_eval_step(loss: Loss) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """step(params, tokens (M, T + 1), weights (M, T)) -> (sum of nats, sum of weights), without dropout."""
+
+    def eval_step(params: Tree, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return loss(params, tokens, weights, None)
+
+    return eval_step
+
+
+def global_norm(tree: Tree) -> jax.Array:
+    """The Euclidean norm of all leaves together, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
