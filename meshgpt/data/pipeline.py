@@ -8,7 +8,7 @@ Shapes: T sequence length, n rows that one process asks for.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,8 +100,8 @@ class Batches:
             rows[i] = self.sequences[self.record(step * self.global_batch + int(row))]
         return rows
 
-    def iterate(self, start_step: int, stop_step: int, row_indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """`rows` of steps [start_step, stop_step), read ahead by background threads."""
+    def iterate(self, start_step: int, stop_step: int, row_indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
+        """`rows` of steps [start_step, stop_step), read ahead by background threads, which `close` ends."""
         import grain
 
         steps = grain.MapDataset.range(start_step, stop_step)

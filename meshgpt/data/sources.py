@@ -123,7 +123,7 @@ def check_unique(files: Sequence[SourceFile]) -> None:
 def units(files: Sequence[SourceFile]) -> list[range]:
     """File numbers in runs that are read together: small text files share a block, any other file stands alone."""
     runs: list[range] = []
-    room = 0
+    room = -1  # bytes left in the last run's block; negative when no file may join it
     for i, file in enumerate(files):
         small = not file.compressed and file.kind != ".jsonl" and file.size <= BLOCK_BYTES
         if small and file.size <= room:
@@ -131,7 +131,7 @@ def units(files: Sequence[SourceFile]) -> list[range]:
             room -= file.size
         else:
             runs.append(range(i, i + 1))
-            room = BLOCK_BYTES - file.size if small else 0
+            room = BLOCK_BYTES - file.size if small else -1
     return runs
 
 

@@ -172,14 +172,16 @@ def main() -> None:
     while True:
         try:
             header, payload = _receive(inbox)
-        except EOFError:
-            return
-        try:
-            result = tokenize(Block.from_header(header, payload), tokenizer, rules)
-        except UserError as error:
-            _send(outbox, {"error": str(error)}, [])
-        else:
-            _send(outbox, *_pack(result))
+            _send(outbox, *_answer(Block.from_header(header, payload), tokenizer, rules))
+        except (EOFError, BrokenPipeError):
+            os._exit(0)  # the parent is gone; closing the pipe in the usual way would raise again
+
+
+def _answer(block: Block, tokenizer: Tokenizer, rules: Rules) -> tuple[dict, list[bytes]]:
+    try:
+        return _pack(tokenize(block, tokenizer, rules))
+    except UserError as error:
+        return {"error": str(error)}, []
 
 
 def _pack(result: Tokenized) -> tuple[dict, list[bytes]]:
