@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import normal
 
 from meshgpt.axes import spec
 from meshgpt.decoder import Decoder, Head, Shape
@@ -46,14 +47,14 @@ class Block(nnx.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)). Projections into the residual start 1/sqrt(2 L) smaller."""
 
     def __init__(self, config: GPT2Config, execution: Execution, dtype: jnp.dtype, rngs: nnx.Rngs):
-        small = INIT_STD / (2 * config.n_layers) ** 0.5
+        usual, small = normal(INIT_STD), normal(INIT_STD / (2 * config.n_layers) ** 0.5)
         self.rate = config.resid_dropout
         self.ln_1 = LayerNorm(config.d_model, config.layer_norm_eps, dtype)
         self.attn = Attention(
-            config.d_model, config.n_heads, INIT_STD, small, config.attn_dropout, True, dtype, rngs, execution.attention
+            config.d_model, config.n_heads, usual, small, config.attn_dropout, True, dtype, rngs, execution.attention
         )
         self.ln_2 = LayerNorm(config.d_model, config.layer_norm_eps, dtype)
-        self.mlp = MLP(config.d_model, config.mlp_width, INIT_STD, small, dtype, rngs)
+        self.mlp = MLP(config.d_model, config.mlp_width, usual, small, dtype, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
@@ -77,13 +78,13 @@ class GPT2(Decoder):
     ):
         self.shape, self.execution, self.dtype = config, execution, compute_dtype
         width, vocab = config.d_model, config.padded_vocab
-        self.wte_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", INIT_STD, params_dtype)
-        self.wpe_SD = param(rngs.params(), (config.n_positions, width), "_ fsdp", INIT_STD, params_dtype)
+        self.wte_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", normal(INIT_STD), params_dtype)
+        self.wpe_SD = param(rngs.params(), (config.n_positions, width), "_ fsdp", normal(INIT_STD), params_dtype)
         self.blocks = jax.vmap(lambda r: Block(config, execution, params_dtype, r))(rngs.split(config.n_layers))
         self.ln_f = LayerNorm(width, config.layer_norm_eps, params_dtype)
         self.tied, self.rate = config.tied_head, config.embd_dropout
         if not config.tied_head:
-            self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", INIT_STD, params_dtype)
+            self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", normal(INIT_STD), params_dtype)
 
     def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
         return Context(positions_BT, starts_B, None, key)

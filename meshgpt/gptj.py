@@ -1,7 +1,9 @@
 """GPT-J (Wang and Komatsuzaki 2021): rotary positions, attention and MLP in parallel, an untied head with a bias.
 
 Oracle: `GPTJForCausalLM` of Hugging Face transformers (PyTorch; two stored revisions of its Flax model turn the wrong
-way). Initialisation as in Mesh-Transformer-JAX. Legend: as in `layers`.
+way). Initialisation as in Mesh-Transformer-JAX: normal deviates cut off at twice the stated scale.
+
+Legend: as in `layers`.
 """
 
 import dataclasses
@@ -9,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import truncated_normal, zeros
 
 from meshgpt.decoder import Decoder, Head, Shape
 from meshgpt.errors import UserError
@@ -43,12 +46,12 @@ class Block(nnx.Module):
 
     def __init__(self, config: GPTJConfig, execution: Execution, dtype: jnp.dtype, rngs: nnx.Rngs):
         fan_in = config.d_model**-0.5
-        small = 2.0 / config.n_layers * fan_in
+        usual, small = truncated_normal(fan_in), truncated_normal(2.0 / config.n_layers * fan_in)
         self.ln_1 = LayerNorm(config.d_model, config.layer_norm_eps, dtype)
         self.attn = Attention(
-            config.d_model, config.n_heads, fan_in, small, 0.0, False, dtype, rngs, execution.attention
+            config.d_model, config.n_heads, usual, small, 0.0, False, dtype, rngs, execution.attention
         )
-        self.mlp = MLP(config.d_model, config.mlp_width, fan_in, small, dtype, rngs)
+        self.mlp = MLP(config.d_model, config.mlp_width, usual, small, dtype, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
@@ -73,12 +76,12 @@ class GPTJ(Decoder):
         self.shape, self.execution, self.dtype = config, execution, compute_dtype
         self.rotary_dim = config.rotary_dim
         width, vocab = config.d_model, config.padded_vocab
-        embedding = config.vocab_size**-0.5
+        embedding, head = truncated_normal(config.vocab_size**-0.5), truncated_normal(width**-0.5)
         self.wte_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", embedding, params_dtype)
         self.blocks = jax.vmap(lambda r: Block(config, execution, params_dtype, r))(rngs.split(config.n_layers))
         self.ln_f = LayerNorm(width, config.layer_norm_eps, params_dtype)
-        self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", width**-0.5, params_dtype)
-        self.head_bias_V = param(rngs.params(), (vocab,), "vocab", 0.0, params_dtype)
+        self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", head, params_dtype)
+        self.head_bias_V = param(rngs.params(), (vocab,), "vocab", zeros, params_dtype)
 
     def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
         return Context(positions_BT, starts_B, rotary_table(positions_BT, self.rotary_dim), key)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer, zeros
 
 from meshgpt.axes import gathered, spec
 
@@ -50,13 +51,9 @@ class Weight(Protocol):
     def dense(self, dtype: jnp.dtype) -> jax.Array: ...
 
 
-def param(key: jax.Array, shape: tuple[int, ...], axes: str, scale: float, dtype: jnp.dtype) -> nnx.Param:
-    """A normal(0, scale) parameter at rest on the mesh as `axes` says (see `axes.spec`); zeros where scale is 0."""
-    if scale == 0:
-        value = jnp.zeros(shape, dtype, out_sharding=spec(axes))
-    else:
-        value = jax.random.normal(key, shape, dtype, out_sharding=spec(axes)) * jnp.asarray(scale, dtype)
-    return nnx.Param(value, axes=axes)
+def param(key: jax.Array, shape: tuple[int, ...], axes: str, init: Initializer, dtype: jnp.dtype) -> nnx.Param:
+    """A fresh parameter at rest on the mesh as `axes` says (see `axes.spec`)."""
+    return nnx.Param(init(key, shape, dtype, spec(axes)), axes=axes)
 
 
 def weight(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
@@ -107,11 +104,11 @@ class LayerNorm(nnx.Module):
 class MLP(nnx.Module):
     """gelu(x up + up_bias) down + down_bias, GELU by its tanh approximation (`gelu_new` in Hugging Face)."""
 
-    def __init__(self, width: int, hidden: int, up: float, down: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden: int, up: Initializer, down: Initializer, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.up_DF = param(rngs.params(), (width, hidden), "fsdp mlp", up, dtype)
-        self.up_bias_F = param(rngs.params(), (hidden,), "mlp", 0.0, dtype)
+        self.up_bias_F = param(rngs.params(), (hidden,), "mlp", zeros, dtype)
         self.down_FD = param(rngs.params(), (hidden, width), "mlp fsdp", down, dtype)
-        self.down_bias_D = param(rngs.params(), (width,), "_", 0.0, dtype)
+        self.down_bias_D = param(rngs.params(), (width,), "_", zeros, dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         u_BTF = bias_add(einsum("BTD,DF->BTF", x_BTD, self.up_DF, "batch seq mlp"), self.up_bias_F)
@@ -230,8 +227,8 @@ class Attention(nnx.Module):
     """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."""
 
     def __init__(
-        self, width: int, heads: int, qkv: float, out: float, dropout: float, bias: bool, dtype: jnp.dtype,
-        rngs: nnx.Rngs, kernel: Kernel,
+        self, width: int, heads: int, qkv: Initializer, out: Initializer, dropout: float, bias: bool,
+        dtype: jnp.dtype, rngs: nnx.Rngs, kernel: Kernel,
     ):  # fmt: skip
         head = width // heads
         self.dropout, self.kernel = dropout, kernel
@@ -241,10 +238,10 @@ class Attention(nnx.Module):
         self.o_NHD = param(rngs.params(), (heads, head, width), "heads _ fsdp", out, dtype)
         self.bias = bias
         if bias:
-            self.q_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
-            self.k_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
-            self.v_bias_NH = param(rngs.params(), (heads, head), "heads _", 0.0, dtype)
-            self.o_bias_D = param(rngs.params(), (width,), "_", 0.0, dtype)
+            self.q_bias_NH = param(rngs.params(), (heads, head), "heads _", zeros, dtype)
+            self.k_bias_NH = param(rngs.params(), (heads, head), "heads _", zeros, dtype)
+            self.v_bias_NH = param(rngs.params(), (heads, head), "heads _", zeros, dtype)
+            self.o_bias_D = param(rngs.params(), (width,), "_", zeros, dtype)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 import torch
 
-import tiny
 from meshgpt.axes import spec
 from meshgpt.loss import NextToken
 from meshgpt.models import ModelConfig

@@ -1,15 +1,15 @@
-"""GPT-2 against GPT2LMHeadModel of transformers, in float32; what the two families share is in `families`."""
+"""GPT-2 against GPT2LMHeadModel of transformers, in float32."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-
 import tiny
+from peers import assert_equals_transformers
+
 from meshgpt import gpt2
 from meshgpt.errors import UserError
-from peers import assert_equals_transformers
 
 ODD_HEADS = dataclasses.replace(tiny.GPT2, n_heads=3, d_model=21, d_ff=40, n_layers=3)
 UNTIED = dataclasses.replace(tiny.GPT2, n_heads=1, d_model=10, tied_head=False, n_layers=1, vocab_multiple=128)
@@ -21,7 +21,7 @@ def test_logits_and_gradients_equal_transformers(config: gpt2.GPT2Config) -> Non
 
 
 def test_initialisation_is_as_published() -> None:
-    """normal(0.02), projections into the residual 1/sqrt(2 L) of it, biases 0, scales 1 (GPT-2's paper, section 2.3)."""
+    """normal(0.02), projections into the residual 1/sqrt(2 L) of it, biases 0, scales 1 (paper, section 2.3)."""
     config = gpt2.GPT2Config(vocab_size=500, n_positions=64, n_layers=3, n_heads=4, d_model=64)
     with jax.set_mesh(tiny.mesh()):
         values = tiny.to_numpy(jax.jit(tiny.model(config).init)(jax.random.key(1)))
