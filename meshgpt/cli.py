@@ -1,0 +1,83 @@
+"""`meshgpt VERB ...`: one verb each, imported only when it is asked for."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import meshgpt
+from meshgpt.errors import UserError, exit_code
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from meshgpt import train
+
+    raise SystemExit(train.main(arguments, "meshgpt train"))
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    from meshgpt.commands import prepare
+
+    prepare(arguments)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    from meshgpt.commands import generate
+
+    generate(arguments)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from meshgpt.commands import export
+
+    export(arguments)
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    if arguments:
+        raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
+    from meshgpt.doctor import examine
+
+    print(examine())
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_train, "RECIPE: train a model, or go on with a run"),
+    "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
+    "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
+    "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
+    "doctor": (_doctor, "what this machine has: devices, memory, versions"),
+}
+
+
+def usage() -> str:
+    lines = [f"meshgpt {meshgpt.__version__}: train GPT-2 and GPT-J on CPU, GPU and TPU", "", "usage: meshgpt VERB ..."]
+    lines += [f"  {verb:<9} {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join([*lines, "", "`meshgpt VERB --help` says more of each; `meshgpt --version` the version."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command; gives the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def command() -> None:
+        verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+        if verb in ("-h", "--help"):
+            print(usage())
+        elif verb == "--version":
+            print(f"meshgpt {meshgpt.__version__}")
+        elif verb in VERBS:
+            VERBS[verb][0](rest)
+        else:
+            raise UserError(f"no verb {verb!r}{_nearest(verb)}\n{usage()}")
+
+    return exit_code(command)
+
+
+def _nearest(verb: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    return f"; perhaps you meant {near[0]!r}" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

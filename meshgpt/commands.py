@@ -1,0 +1,110 @@
+"""The verbs that make a token store or read a trained model. Each takes its command-line arguments."""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from meshgpt import hf, runtime, wrap_up
+from meshgpt.axes import MeshShape, make_mesh
+from meshgpt.data.prepare import Prepare
+from meshgpt.data.prepare import prepare as prepare_store
+from meshgpt.errors import UserError
+from meshgpt.generate import Sampling, generate_text
+from meshgpt.precision import Precision
+from meshgpt.tracker import progress_bar
+from meshgpt.trained import open_trained
+
+_FLAGS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+Source = Annotated[Path, tyro.conf.Positional]
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """meshgpt prepare SOURCE... --out DIR"""
+    sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    named = ["--sources", *sources] if sources else []
+    request = tyro.cli(Prepare, prog="meshgpt prepare SOURCE...", args=[*named, *arguments[len(sources) :]], config=_FLAGS)
+    with progress_bar() as report:
+        store = prepare_store(request, report)
+    for name in ("train", "val"):
+        split = store.split(name)
+        print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+    print(f"{store.folder} is ready: train on it with --data.store {store.folder}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Text from a trained model."""
+
+    source: Source
+    """A run's folder, or a Hugging Face folder."""
+    prompt: tuple[str, ...] = ("",)
+    """What to go on from; several are generated together. An empty one starts a new text."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    precision: Precision = Precision()
+    mesh: MeshShape = MeshShape()
+    step: int | None = None
+    """Of a run: this checkpoint instead of the newest."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """meshgpt generate SOURCE --prompt TEXT"""
+    asked = tyro.cli(GenerateArguments, prog="meshgpt generate", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    with jax.set_mesh(make_mesh(asked.mesh)):
+        trained = open_trained(asked.source, asked.precision, print, asked.step)
+        texts = generate_text(trained.model, trained.params, trained.tokenizer, list(asked.prompt), asked.sampling)
+    for prompt, several in zip(asked.prompt, texts, strict=True):
+        for text in several:
+            print(f"{prompt}{text}")
+            print("-" * min(72, shutil.get_terminal_size().columns))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """A run as a Hugging Face folder, reopened from disk and compared with the live model before it gets its name."""
+
+    source: Source
+    """A run's folder."""
+    out: Path
+    """The folder to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: MeshShape = MeshShape()
+    step: int | None = None
+    """This checkpoint instead of the newest."""
+    replace: bool = False
+    """Replace an earlier export at `out`."""
+
+
+# The gate compares logits on these words in the model's own tokens: any text serves, as both sides read the same.
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog.\ndef export(run, out):\n    return proof\n" * 8
+
+
+def export(arguments: Sequence[str]) -> None:
+    """meshgpt export RUN --out DIR"""
+    asked = tyro.cli(ExportArguments, prog="meshgpt export", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    mesh = make_mesh(asked.mesh)
+    with jax.set_mesh(mesh), progress_bar() as report:
+        # The comparison is exact: in float32, whatever the run computed in.
+        trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
+        tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
+        verdict = hf.export(
+            trained.params,
+            trained.model.config,
+            trained.tokenizer,
+            asked.out,
+            probe=wrap_up.probe(trained.model, tokens),
+            dtype=asked.dtype,
+            replace=asked.replace,
+            release=True,
+            on_progress=lambda done, total: report("writing", done, total),
+        )
+    print(verdict)
+    print(f"{asked.out} is ready: transformers.AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")

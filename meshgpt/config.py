@@ -1,0 +1,147 @@
+"""`Run`: everything that decides a training run, composed of the parts' own dataclasses; and Run as JSON, both ways."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from meshgpt.axes import MeshShape
+from meshgpt.checkpoint import Checkpointing
+from meshgpt.data.prepare import Prepare
+from meshgpt.errors import UserError
+from meshgpt.layers import Execution
+from meshgpt.loss import NextToken
+from meshgpt.models import GPT2Config, GPTJConfig
+from meshgpt.optim import AdamW
+from meshgpt.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from.
+
+    store: a folder made by `meshgpt prepare`. Where it is empty, `prepare` says what to make first; its `out` may be
+    empty too, and is then `data` in the run's folder.
+    """
+
+    store: str = ""
+    prepare: Prepare | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Texts written at the end of a run, to `samples.txt` and the console; an empty prompt starts a new text."""
+
+    prompts: tuple[str, ...] = ("",)
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run.
+
+    steps: optimizer steps. global_batch: sequences in a step, over all devices and accumulated microbatches.
+    seq_len: tokens of a sequence (0: the model's n_positions). accumulate: microbatches that a step is cut into.
+    eval_every: steps between evaluations on the held-out text, which take at most eval_batches batches (0: all).
+    log_every: steps between lines of metrics. max_bad_steps: stop after so many steps in a row without a finite loss
+    and gradient. export: write a Hugging Face folder at the end, in this dtype ("none": do not).
+    run_dir: the run's folder (empty: runs/<recipe>). resume: go on where the folder's run stopped ("auto": if there is
+    one; "must": fail if there is none; "never": start afresh, setting an earlier run aside).
+    """
+
+    model: GPT2Config | GPTJConfig
+    data: Data
+    steps: int
+    global_batch: int
+    seq_len: int = 0
+    accumulate: int = 1
+    seed: int = 0
+    optim: AdamW = AdamW()
+    objective: NextToken = NextToken()
+    precision: Precision = Precision()
+    execution: Execution = Execution()
+    mesh: MeshShape = MeshShape()
+    eval_every: int = 250
+    eval_batches: int = 0
+    log_every: int = 10
+    max_bad_steps: int = 20
+    checkpointing: Checkpointing = Checkpointing()
+    samples: Samples = Samples()
+    export: Literal["none", "float32", "bfloat16", "float16"] = "float32"
+    run_dir: str = ""
+    resume: Literal["auto", "never", "must"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
+        if self.seq_len < 0 or self.eval_batches < 0:
+            raise UserError(f"--seq-len {self.seq_len}, --eval-batches {self.eval_batches}: these cannot be negative")
+        if self.seq_len > self.model.n_positions:
+            raise UserError(
+                f"--seq-len {self.seq_len} is above the model's {self.model.n_positions} positions: "
+                f"lower it, or raise --model.n-positions"
+            )
+        if self.global_batch % self.accumulate:
+            raise UserError(
+                f"--global-batch {self.global_batch} cannot be cut into --accumulate {self.accumulate} equal parts; "
+                f"for example --global-batch {-(-self.global_batch // self.accumulate) * self.accumulate}"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        return self.seq_len or self.model.n_positions
+
+
+# What may differ when a run is resumed: none of it changes what the steps done so far have computed.
+RESUMABLE = frozenset(
+    ("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps")
+    + ("checkpointing", "samples", "export", "run_dir", "resume")
+)
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass as JSON: an object with its fields and, so that a union can be read back, its `type`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(hint: Any, value: Any, where: str = "run") -> Any:
+    """The inverse of `to_json` for a value annotated as `hint`; `where` names it in errors.
+
+    Raises:
+      UserError: for a field or a type that this version does not have.
+    """
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, dict):
+        named = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+        cls = named.get(value.get("type", ""))
+        if cls is None:
+            raise UserError(f"{where} is a {value.get('type')!r}, which this version of meshgpt does not know")
+        return _dataclass_from_json(cls, value, where)
+    if isinstance(value, list):
+        item = next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple)
+        return tuple(from_json(item, element, f"{where}[{index}]") for index, element in enumerate(value))
+    return value
+
+
+def _dataclass_from_json(cls: type, value: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = value.keys() - hints.keys() - {"type"}
+    if unknown:
+        raise UserError(f"{where}.{min(unknown)} is not known to this version of meshgpt")
+    return cls(**{name: from_json(hints[name], value[name], f"{where}.{name}") for name in value if name != "type"})
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, old, new) of everything in which two JSON values differ, by dotted name."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(old) + [name for name in new if name not in old]
+        return [d for name in names for d in differences(old.get(name), new.get(name), f"{where}.{name}".lstrip("."))]
+    return [] if old == new else [(where, old, new)]

@@ -1,0 +1,141 @@
+"""The folder of a run: what it holds, who may write it, and whether a run may go on in it."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import meshgpt
+from meshgpt.config import RESUMABLE, Run, differences, from_json, to_json
+from meshgpt.errors import UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
+_KEPT_ASIDE = ("data", "run.lock")  # what `--resume never` leaves in place: the prepared text is the same
+
+
+class RunFolder:
+    """Paths of a run's files (README, "A run's folder")."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples.txt"
+        self.plot = path / "loss.png"
+        self.export = path / "export"
+        self.data = path / "data"
+        self.tokenizer = path / "tokenizer"
+
+    def read_run(self) -> Run:
+        """The configuration of the run in this folder.
+
+        Raises:
+          UserError: no run here, or one that this version cannot read.
+        """
+        return from_json(Run, self._read_record()["run"])
+
+    def _read_record(self) -> dict[str, Any]:
+        if not self.record.is_file():
+            raise UserError(f"{self.path} holds no run: there is no {self.record.name} in it")
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            if isinstance(record["run"], dict):
+                return record
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{self.record} is damaged: move {self.path} aside, or restore the file")
+
+    @contextmanager
+    def claimed(self, run: Run, command: str, report: Callable[[str], None]) -> Iterator[None]:
+        """Makes the folder this run's, for this process alone, and writes `run.json`.
+
+        Raises:
+          UserError: another process is at work here; the folder holds something else, or a run whose configuration
+            differs in a way that cannot resume (named); or `run.resume` forbids what would have to be done.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {self.path}: {error.strerror}") from error
+        with open(self.path / "run.lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another process is training in {self.path}: wait for it or stop it") from error
+            if run.resume == "never":
+                self._set_aside(report)
+            elif self.record.is_file():
+                self._check_same(run, report)
+            elif run.resume == "must":
+                raise UserError(f"--resume must: {self.path} holds no run to go on with")
+            self._check_nothing_else()
+            self._write_record(run, command)
+            yield
+
+    def _check_same(self, run: Run, report: Callable[[str], None]) -> None:
+        changes = differences(self._read_record()["run"], to_json(run))
+        locked = [change for change in changes if change[0].split(".")[0] not in RESUMABLE]
+        if locked:
+            said = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in locked[:5])
+            raise UserError(
+                f"{self.path} holds a run that cannot go on with this configuration: {said}. "
+                "Give the old value, another --run-dir, or --resume never to start afresh (the old run is set aside)"
+            )
+        for name, old, new in changes:
+            if name not in ("resume", "run_dir"):
+                report(f"resuming with {name} {new!r} (was {old!r})")
+
+    def _check_nothing_else(self) -> None:
+        foreign = [p.name for p in self.path.iterdir() if p.name not in _KEPT_ASIDE]
+        if foreign and not self.record.is_file():
+            raise UserError(
+                f"{self.path} is not empty and holds no run (it has {min(foreign)}): give an empty or new --run-dir"
+            )
+
+    def _set_aside(self, report: Callable[[str], None]) -> None:
+        if not self.record.is_file():
+            return
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
+            number += 1
+        aside.mkdir()
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in _KEPT_ASIDE:
+                os.replace(entry, aside / entry.name)
+        report(f"the earlier run is now in {aside}")
+
+    def _write_record(self, run: Run, command: str) -> None:
+        record = {
+            "meshgpt": meshgpt.__version__,
+            "run": to_json(run),
+            "seed": run.seed,
+            "command": command,
+            "git_revision": _git_revision(),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        scratch = self.record.with_suffix(".tmp")
+        scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, self.record)
+
+
+def _git_revision() -> str | None:
+    """The revision of the package's checkout, with "+changes" where it is not clean; None outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return revision.stdout.strip() or None

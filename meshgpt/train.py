@@ -1,0 +1,319 @@
+"""The training loop: `python -m meshgpt.train RECIPE [--flags]`.
+
+The host stays one step behind the devices: a step is dispatched before the figures of the one before it are fetched.
+"""
+
+import dataclasses
+import functools
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshgpt import recipe, runtime, scaling
+from meshgpt.axes import make_mesh
+from meshgpt.checkpoint import Checkpointer
+from meshgpt.config import Run, to_json
+from meshgpt.data.pipeline import Batches, EvalBatches, Sequences
+from meshgpt.data.prepare import prepare
+from meshgpt.data.store import Split, Store
+from meshgpt.errors import UserError, exit_code
+from meshgpt.feed import Feed
+from meshgpt.models import Model, check_divisibility
+from meshgpt.run_folder import RunFolder
+from meshgpt.step import Metrics, TrainState, init_state, make_eval_step, make_train_step, next_token_loss
+from meshgpt.tokenizer import Tokenizer
+from meshgpt.tracker import Console, JsonLines, Several, progress_bar
+from meshgpt.trees import Tree, leaves_with_names
+from meshgpt.wrap_up import finish
+
+
+def train(run: Run, command: str = "") -> None:
+    """Trains, resuming where the run's folder allows, and leaves everything in that folder.
+
+    Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
+    """
+    folder = RunFolder(Path(run.run_dir))
+    mesh = make_mesh(run.mesh)
+    check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
+    say = _say if jax.process_index() == 0 else _silent
+    with folder.claimed(run, command, say), jax.set_mesh(mesh):
+        store = open_store(run, folder)
+        tokenizer = check_vocabulary(store, run)
+        if jax.process_index() == 0:
+            tokenizer.save(folder.tokenizer)
+        loop = Loop.build(run, mesh, store)
+        with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
+            state = start_state(loop, checkpoints, say)
+            if int(state.step) >= run.steps and not _unfinished(run, folder):
+                say(_finished_already(run, folder, int(state.step)))
+                return
+            state, stopped = run_steps(loop, folder, state, checkpoints)
+            checkpoints.save(int(state.step), state.items(), {"run": to_json(run)})
+        if stopped:
+            say(f"stopped at step {int(state.step):,} and saved; to go on: {command or 'the same command'}")
+        else:
+            finish(run, folder, loop.model, state.params, tokenizer, store.split("val"), say)
+
+
+def open_store(run: Run, folder: RunFolder) -> Store:
+    """The run's token store, prepared first where the recipe says how."""
+    if run.data.store:
+        return Store.open(run.data.store)
+    if run.data.prepare is None:
+        raise UserError("no data: give --data.store FOLDER, made by `meshgpt prepare`, or a recipe with data.prepare")
+    request = run.data.prepare
+    request = request if request.out else dataclasses.replace(request, out=str(folder.data))
+    with progress_bar() as report:
+        return prepare(request, report)
+
+
+def check_vocabulary(store: Store, run: Run) -> Tokenizer:
+    """The store's tokenizer, if the model can take all of its ids."""
+    if store.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"the store {store.folder} has {store.vocab_size} token ids and the model {run.model.vocab_size}: "
+            f"give --model.vocab-size {store.vocab_size}"
+        )
+    return store.tokenizer()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What the loop needs besides the state, built once."""
+
+    run: Run
+    mesh: jax.sharding.Mesh
+    model: Model
+    batches: Batches
+    validation: EvalBatches | None
+    val: Split
+    train_step: Callable[..., tuple[TrainState, Metrics]]
+    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+
+    @staticmethod
+    def build(run: Run, mesh: jax.sharding.Mesh, store: Store) -> "Loop":
+        model = Model(config=run.model, execution=run.execution, precision=run.precision)
+        loss = next_token_loss(model, run.objective)
+        exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0))
+        dropout = jax.random.fold_in(jax.random.key(run.seed), 1) if _drops(run) else None
+        step = make_train_step(loss, run.optim, run.steps, dropout)
+        sequences = Sequences(store.split("train"), run.sequence_length)
+        val, micro = store.split("val"), run.global_batch // run.accumulate
+        validation = EvalBatches(split=val, seq_len=run.sequence_length, global_batch=micro) if val.num_tokens else None
+        return Loop(
+            run=run,
+            mesh=mesh,
+            model=model,
+            batches=Batches(sequences=sequences, seed=run.seed, global_batch=run.global_batch),
+            validation=validation,
+            val=val,
+            train_step=jax.jit(step, donate_argnums=0),
+            eval_step=jax.jit(make_eval_step(exact)),
+        )
+
+    def fresh(self) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(self.run.seed), 0)
+        return jax.jit(functools.partial(init_state, self.model, self.run.optim))(key)
+
+    def abstract(self) -> TrainState:
+        return jax.eval_shape(functools.partial(init_state, self.model, self.run.optim), jax.random.key(0))
+
+
+def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None]) -> TrainState:
+    """The newest intact checkpoint's state, or a fresh one."""
+    shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
+    counted = scaling.count_parameters(shapes, loop.run.model.vocab_size)
+    shape, kind = loop.run.mesh.resolve(loop.mesh.size), jax.devices()[0].device_kind
+    computing = loop.model.precision.compute_dtype
+    say(f"{counted.total:,} parameters, computing in {computing}; {loop.mesh.size} x {kind} as {shape}")
+    step = checkpoints.latest()
+    if step is None:
+        if loop.run.resume == "must":
+            raise UserError("--resume must: no checkpoint was saved yet")
+        return loop.fresh()
+    if step > loop.run.steps:
+        raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
+    say(f"resuming from step {step:,}")
+    return TrainState(**checkpoints.restore(step, loop.abstract().items()))
+
+
+def run_steps(
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer
+) -> tuple[TrainState, bool]:
+    """Trains to the last step; True where a signal stopped it before."""
+    run, first = loop.run, int(state.step)
+    feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
+    weights = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
+    figures = Figures(loop, folder, first)
+    batches = loop.batches.iterate(first, run.steps, feed.rows)
+    with stop_requests() as stop, figures.open():
+        for step, rows in enumerate(batches, start=first + 1):
+            state, metrics = loop.train_step(state, feed.place(rows), weights)
+            figures.add(step, metrics)
+            last = step == run.steps
+            if loop.validation is not None and (last or step % run.eval_every == 0):
+                figures.validation(step, evaluate(loop, state.params))
+            if step % run.checkpointing.every == 0 and not last:
+                checkpoints.save(step, state.items(), {"run": to_json(run)})
+            if stop() or figures.bad_in_a_row >= run.max_bad_steps:
+                break
+        figures.flush()
+    if figures.bad_in_a_row >= run.max_bad_steps:
+        checkpoints.save(int(state.step), state.items(), {"run": to_json(run)})
+        raise UserError(
+            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing; "
+            f"the last good parameters are saved in {folder.checkpoints}. Lower --optim.peak-lr, lengthen "
+            "--optim.warmup-steps, or compute in float32 (--precision.compute float32), with a new --run-dir"
+        )
+    return state, int(state.step) < run.steps
+
+
+def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
+    """Validation loss in nats a token and bits per byte, over every token of the held-out text (or `eval_batches`)."""
+    assert loop.validation is not None
+    feed = Feed(loop.mesh, 1, loop.validation.global_batch)
+    count = len(loop.validation)
+    count = min(count, loop.run.eval_batches) if loop.run.eval_batches else count
+    sums = []
+    for batch in range(count):
+        tokens, weights = (feed.place(part)[0] for part in loop.validation.rows(batch, feed.rows))
+        sums.append(loop.eval_step(params, tokens, weights))
+    nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
+    loss = nats / tokens
+    figures = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * loop.val.num_tokens / loop.val.num_bytes}
+    if loop.val.gzip_bytes:
+        figures["gzip_bits_per_byte"] = 8 * loop.val.gzip_bytes / loop.val.num_bytes
+    return figures
+
+
+class Figures:
+    """Fetches a step's metrics when the next step is under way, and passes them to the trackers."""
+
+    def __init__(self, loop: Loop, folder: RunFolder, first: int) -> None:
+        self._run, self._folder, self._first = loop.run, folder, first
+        self._pending: tuple[int, Metrics] | None = None
+        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
+        self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
+        self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
+        self._since: tuple[int, float] | None = None
+        self._tracker = Several([])
+        self.bad_in_a_row = 0
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        if jax.process_index() == 0:
+            lines = JsonLines(self._folder.metrics, self._first)
+            self._tracker = Several([Console(self._run.steps, self._first), lines])
+        try:
+            yield
+        finally:
+            self._tracker.close()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self.flush()
+        self._pending = step, metrics
+
+    def validation(self, step: int, figures: dict[str, float]) -> None:
+        self.flush()
+        self._since = None  # the next speed must not count the time that evaluation took
+        self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.bad_in_a_row = int(values.pop("skipped_in_a_row"))
+        values["skipped_steps"] = int(values["skipped_steps"])
+        now = time.monotonic()
+        if self._since is None:
+            self._since = step, now
+        if step % self._run.log_every and step != self._run.steps and step != self._first + 1:
+            return
+        values["tokens"] = self._tokens(step)
+        values |= self._speed(step, now)
+        self._tracker.log(step, values)
+
+    def _speed(self, step: int, now: float) -> dict[str, float]:
+        assert self._since is not None
+        begun, since = self._since
+        if step == begun:
+            return {}
+        self._since = step, now
+        speed = (self._tokens(step) - self._tokens(begun)) / (now - since)
+        utilisation = scaling.mfu(speed, self._flops, self._kinds)
+        return {"tokens_per_second": speed} | ({} if utilisation is None else {"mfu": utilisation})
+
+    def _tokens(self, step: int) -> int:
+        return step * self._run.global_batch * self._run.sequence_length
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that is True once SIGINT or SIGTERM came. A second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        del frame
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _drops(run: Run) -> bool:
+    rates = [getattr(run.model, field.name) for field in dataclasses.fields(run.model) if "dropout" in field.name]
+    return any(rates)
+
+
+def _unfinished(run: Run, folder: RunFolder) -> bool:
+    """Whether a kill came between the last step and the last file."""
+    wanted = [folder.plot] + [folder.samples] * bool(run.samples.prompts) + [folder.export] * (run.export != "none")
+    return not all(path.exists() for path in wanted)
+
+
+def _finished_already(run: Run, folder: RunFolder, step: int) -> str:
+    return (
+        f"this run is finished: step {step:,} of {run.steps:,}; its files are in {folder.path}\n"
+        f"  longer: --steps {run.steps * 2}    afresh: --resume never (sets this run aside)    elsewhere: --run-dir DIR"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m meshgpt.train") -> int:
+    """The command; gives the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def command() -> None:
+        run = recipe.parse(arguments, program)
+        runtime.start()
+        train(run, f"{program} {shlex.join(arguments)}")
+
+    return exit_code(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a run leaves behind when it has finished: samples, a Hugging Face folder, the loss curve, and a summary."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from meshgpt import hf
+from meshgpt.axes import spec
+from meshgpt.config import Run
+from meshgpt.data.store import Split
+from meshgpt.generate import Sampling, generate_text
+from meshgpt.models import Model
+from meshgpt.report import plot_loss
+from meshgpt.run_folder import RunFolder
+from meshgpt.tokenizer import Tokenizer
+from meshgpt.tracker import read_json_lines
+from meshgpt.trees import Tree
+
+PROBE_TOKENS = 128
+
+
+def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer) -> str:
+    """Generates the run's samples into `samples.txt`; gives the text."""
+    sampling = Sampling(
+        max_new_tokens=run.samples.max_new_tokens,
+        temperature=run.samples.temperature,
+        top_p=run.samples.top_p,
+        seed=run.seed,
+    )
+    texts = generate_text(model, params, tokenizer, list(run.samples.prompts), sampling)
+    blocks = [
+        f"--- sample {number}, prompt {prompt!r}\n{prompt}{text}\n"
+        for number, (prompt, several) in enumerate(zip(run.samples.prompts, texts, strict=True), start=1)
+        for text in several
+    ]
+    folder.samples.write_text("\n".join(blocks), encoding="utf-8")
+    return "\n".join(blocks)
+
+
+def probe(model: Model, tokens: np.ndarray) -> hf.Probe:
+    """The first of `tokens` and the live forward pass, for the comparison that every export must pass."""
+    mesh = jax.sharding.get_mesh()
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    row_T = tokens[: min(PROBE_TOKENS, model.config.n_positions)].astype(np.int32)
+
+    @jax.jit
+    def logits(params: Tree, tokens_BT: jax.Array) -> jax.Array:
+        decoder = model.bind(params)
+        return decoder.logits(decoder.hidden(tokens_BT))
+
+    def placed(params: Tree, tokens_BT: np.ndarray) -> jax.Array:
+        return logits(params, jax.device_put(tokens_BT, spec("batch seq")))
+
+    return hf.Probe(tokens_BT=np.repeat(row_T[None], rows, axis=0), logits=placed)
+
+
+def export_run(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, split: Split) -> str:
+    """Writes `export/`; gives the line that says what was proved. `params` are gone afterwards."""
+    assert run.export != "none"
+    write = functools.partial(hf.export, params, run.model, tokenizer, folder.export, dtype=run.export)
+    tokens = split.tokens(0, min(PROBE_TOKENS, split.num_tokens))
+    return str(write(probe=probe(model, tokens), replace=True, release=True))
+
+
+def finish(
+    run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, split: Split,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """All of it, in order; `say` takes a line at a time. `params` are gone afterwards."""
+    if jax.process_index() == 0:
+        plot_loss(folder.metrics, folder.plot, folder.path.name)
+    if run.samples.prompts:
+        say(write_samples(run, folder, model, params, tokenizer))
+    if run.export != "none":
+        say(f"export: {export_run(run, folder, model, params, tokenizer, split)}")
+    say(summary(run, folder))
+
+
+def summary(run: Run, folder: RunFolder) -> str:
+    """Where everything is, and what to try next."""
+    rows = read_json_lines(folder.metrics)
+    last = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
+    lines = [f"finished: {run.steps:,} steps, {run.steps * run.global_batch * run.sequence_length:,} tokens"]
+    if last:
+        lines[0] += f", validation loss {last['val_loss']:.4f}"
+    if "val_bits_per_byte" in last:
+        lines[0] += f", {last['val_bits_per_byte']:.3f} bits per byte"
+        gzip = last.get("gzip_bits_per_byte")
+        lines[0] += f" (gzip -9 needs {gzip:.3f})" if gzip else ""
+    places = [("checkpoints", folder.checkpoints), ("metrics", folder.metrics), ("loss curve", folder.plot)]
+    places += [("samples", folder.samples)] if run.samples.prompts else []
+    places += [("Hugging Face model", folder.export)] if run.export != "none" else []
+    lines += [f"  {name:<19} {path}" for name, path in places]
+    lines += ["what next:", f'  meshgpt generate {folder.path} --prompt "..."']
+    lines += [f"  longer: the same command with --steps {run.steps * 2} goes on from here"]
+    lines += ["  afresh: the same command with --resume never sets this run aside and starts again"]
+    return "\n".join(lines)
