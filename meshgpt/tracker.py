@@ -144,8 +144,8 @@ class JsonLines:
         # One write and no gap before it: whatever moment a kill picks, at most this line is torn.
         self._file.seek(self._last_start)
         self._file.write(line)
-        self._file.truncate()
         self._file.flush()
+        self._file.truncate()
         self._end = self._last_start + len(line)
 
     def message(self, text: str) -> None:
