@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import math
 from typing import TypeAlias
 
 import jax
 from flax import nnx
 
+from meshgpt.axes import MeshShape
 from meshgpt.decoder import Decoder
+from meshgpt.errors import UserError
 from meshgpt.gpt2 import GPT2, GPT2Config
 from meshgpt.gptj import GPTJ, GPTJConfig
 from meshgpt.layers import Execution
@@ -50,3 +53,42 @@ def _graph(model: Model, mesh: jax.sharding.AbstractMesh) -> nnx.GraphDef[Decode
     del mesh  # part of the key: parameters are annotated for the mesh they were traced on
     abstract = jax.eval_shape(lambda: model._build(jax.random.key(0)))
     return nnx.split(abstract, nnx.Param)[0]
+
+
+def check_divisibility(config: ModelConfig, mesh: MeshShape, global_batch: int, accumulate: int) -> None:
+    """Whether every tensor of the model, and every microbatch, can be cut along the mesh (a resolved shape).
+
+    Raises:
+      UserError: naming the number that the mesh does not divide, and one that works.
+    """
+    for name, value in (("global_batch", global_batch), ("accumulate", accumulate)):
+        if value < 1:
+            raise UserError(f"{name}={value}: give at least 1")
+    if config.n_heads % mesh.tensor:
+        fits = math.gcd(config.n_heads, mesh.tensor)
+        raise _indivisible(f"model.n_heads={config.n_heads}", f"mesh.tensor={mesh.tensor}", f"--mesh.tensor {fits}")
+    if config.mlp_width % mesh.tensor:
+        fits = _next_multiple(config.mlp_width, mesh.tensor)
+        raise _indivisible(f"model.d_ff={config.mlp_width}", f"mesh.tensor={mesh.tensor}", f"--model.d-ff {fits}")
+    if config.d_model % mesh.fsdp:
+        fits = max(n for n in range(1, mesh.fsdp) if config.d_model % n == 0)
+        raise _indivisible(f"model.d_model={config.d_model}", f"mesh.fsdp={mesh.fsdp}", f"--mesh.fsdp {fits}")
+    slices = mesh.fsdp * mesh.tensor
+    if config.padded_vocab % slices:
+        number = f"the vocabulary of {config.vocab_size}, padded to {config.padded_vocab} (model.vocab_multiple)"
+        fits = math.lcm(config.vocab_multiple, slices)
+        raise _indivisible(number, f"mesh.fsdp x mesh.tensor = {slices}", f"--model.vocab-multiple {fits}")
+    parts = mesh.batch_shards * accumulate
+    if global_batch % parts:
+        what = f"mesh.data x mesh.fsdp x accumulate = {parts}"
+        raise _indivisible(
+            f"global_batch={global_batch}", what, f"--global-batch {_next_multiple(global_batch, parts)}"
+        )
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _indivisible(number: str, by: str, remedy: str) -> UserError:
+    return UserError(f"{number} is not a multiple of {by}; for example {remedy}")

@@ -1,0 +1,32 @@
+"""Trees by named path."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from meshgpt import trees
+
+TREE = {
+    "wte_VD": jnp.zeros((5, 3), jnp.float32),
+    "blocks": {"attn": {"q_DNH": jnp.zeros((2, 3, 1, 3), jnp.bfloat16)}, "list": [jnp.ones((2,), jnp.int32)]},
+}
+
+
+def test_names_join_the_path_with_slashes() -> None:
+    assert [name for name, _ in trees.leaves_with_names(TREE)] == ["blocks/attn/q_DNH", "blocks/list/0", "wte_VD"]
+
+
+def test_map_gives_the_name_and_the_leaves_of_all_trees() -> None:
+    out = trees.map_with_names(lambda name, a, b: (name, a.shape, b.dtype), TREE, TREE)
+    assert out["blocks"]["attn"]["q_DNH"] == ("blocks/attn/q_DNH", (2, 3, 1, 3), jnp.bfloat16)
+
+
+def test_mask_finds_a_pattern_anywhere_in_the_name() -> None:
+    assert trees.mask(TREE, "attn|wte") == {"wte_VD": True, "blocks": {"attn": {"q_DNH": True}, "list": [False]}}
+
+
+def test_sizes() -> None:
+    assert trees.count(TREE) == 15 + 18 + 2
+    assert trees.nbytes(TREE) == 15 * 4 + 18 * 2 + 2 * 4
+    assert trees.count({}) == trees.nbytes({}) == 0
+    huge = {"x": np.broadcast_to(np.float32(0), (1 << 20, 1 << 20, 4))}
+    assert trees.count(huge) == 1 << 42, "beyond 32 bits"
