@@ -181,7 +181,9 @@ def test_sigkill_anywhere_then_rerun_gives_the_same_bytes(
 ):
     """Kills after so many lines of progress: while training the tokenizer, while tokenizing, while finishing."""
     monkeypatch.setattr("meshgpt.data.sources.BLOCK_BYTES", 1 << 17)
-    trained = replace(config, tokenizer=None, train_tokenizer="bpe", vocab_size=500, workers=2, shard_tokens=50_000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([path.read_text(encoding="utf-8") for path in FILES]))
+    trained = replace(config, sources=(str(tmp_path / "a.jsonl"), *config.sources))
+    trained = replace(trained, tokenizer=None, train_tokenizer="bpe", vocab_size=500, workers=2, shard_tokens=50_000)
     prepare(trained, quiet)
     again = replace(trained, out=str(tmp_path / "killed"))
     (tmp_path / "config.json").write_text(json.dumps(asdict(again)))
@@ -215,6 +217,16 @@ def _cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def test_held_out_text_does_not_train_the_tokenizer(config: Prepare, tmp_path: Path):
+    (tmp_path / "train.txt").write_text("alphabet " * 500)
+    (tmp_path / "val.txt").write_text("zebra " * 500)
+    trained = replace(config, tokenizer=None, train_tokenizer="bpe", vocab_size=300, val_fraction=0.0)
+    files = replace(trained, sources=(str(tmp_path / "train.txt"),), val_sources=(str(tmp_path / "val.txt"),))
+    tokenizer = prepare(files, quiet).tokenizer()
+    assert len(tokenizer.encode(" alphabet")) == 1
+    assert len(tokenizer.encode(" zebra")) == 6
 
 
 def test_a_resumed_run_does_not_start_over(config: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
