@@ -119,9 +119,9 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path):
 def test_read_json_lines_skips_what_is_no_measurement(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_json_lines(path) == []
-    path.write_bytes(
-        b'{"step": 2}\n[1]\n\xff\xfe\n{"step": "3"}\n{"step": true}\n{"step": 1, "loss": 2}\n{"step": 1, "loss": 3}\n{"step": 2, "a'
-    )
+    junk = b'[1]\n\xff\xfe\n{"step": "3"}\n{"step": true}\n'
+    twice = b'{"step": 1, "loss": 2}\n{"step": 1, "loss": 3}\n'
+    path.write_bytes(b'{"step": 2}\n' + junk + twice + b'{"step": 2, "a')
     assert read_json_lines(path) == [{"step": 1, "loss": 3}, {"step": 2}]
 
 
