@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, zeros
 
 from meshgpt.axes import gathered, spec
+from meshgpt.errors import UserError
 
 Remat = Literal["none", "full", "dots", "named"]
 Kernel = Literal["auto", "xla", "cudnn"]
@@ -41,7 +42,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.unroll < 0:
-            raise ValueError(f"unroll={self.unroll}: give layers per iteration, or 0 for all")
+            raise UserError(f"execution.unroll={self.unroll}: give layers per iteration, or 0 for all")
 
 
 @runtime_checkable
@@ -182,13 +183,13 @@ def pick_kernel(kernel: Kernel, dtype: jnp.dtype, head_size: int) -> Literal["xl
     """What "auto" means here: cuDNN on an NVIDIA GPU in 16 bits, head size a multiple of 8 up to 128 (256 on Hopper).
 
     Raises:
-      ValueError: when "cudnn" is asked for and cannot run, with the reason.
+      UserError: when "cudnn" is asked for and cannot run, with the reason.
     """
     if kernel == "xla":
         return "xla"
     reason = _cudnn_refusal(dtype, head_size)
     if kernel == "cudnn" and reason:
-        raise ValueError(f"attention='cudnn' cannot run here: {reason}; use 'auto' or 'xla'")
+        raise UserError(f"execution.attention='cudnn' cannot run here: {reason}; use 'auto' or 'xla'")
     return "xla" if reason else "cudnn"
 
 
