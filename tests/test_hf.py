@@ -36,7 +36,7 @@ from meshgpt.axes import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.gpt2 import GPT2Config
 from meshgpt.gptj import GPTJConfig
-from meshgpt.hf import safetensor, write
+from meshgpt.hf import safetensor, staging
 from meshgpt.hf.names import by_path, stored_tensors
 
 BOTH = pytest.mark.parametrize("config", [GPT2_TINY, GPTJ_TINY], ids=["gpt2", "gptj"])
@@ -330,7 +330,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     params, probe = live(GPT2_TINY)
     with pytest.raises(UserError, match="disk is full"):
         hf.export(params, GPT2_TINY, Failing(), tmp_path / "out", probe=probe)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 10**6))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 10**6))
     with pytest.raises(UserError, match=r"1,000,000 bytes free and the export takes 64,0"):
         hf.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe)
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,29 @@
-"""Models in and out of the Hugging Face format: one name table per family, import, export, and the proof of each.
+"""Models in and out: the Hugging Face format, the hub, and the checkpoints of Mesh-Transformer-JAX.
 
-`read_config` and `load` bring a folder in; `export` writes one and does not finish before `read_back` has reopened it
-from disk and found every tensor and the logits equal to the live model's.
+`open_source` opens whatever a model comes from, checked and ready to be loaded; `export` and `export_mtj` write, and do
+not finish before what they wrote was reopened from disk and found equal to the live model.
 """
 
 from meshgpt.hf.config import ModelConfig, read_config
+from meshgpt.hf.moments import Moments
+from meshgpt.hf.mtj_write import export_mtj
 from meshgpt.hf.read import load
+from meshgpt.hf.source import Source, open_source
+from meshgpt.hf.surgery import Surgery
 from meshgpt.hf.verify import Probe, Verdict, read_back
 from meshgpt.hf.write import export
 
-__all__ = ["ModelConfig", "Probe", "Verdict", "export", "load", "read_back", "read_config"]
+__all__ = [
+    "ModelConfig",
+    "Moments",
+    "Probe",
+    "Source",
+    "Surgery",
+    "Verdict",
+    "export",
+    "export_mtj",
+    "load",
+    "open_source",
+    "read_back",
+    "read_config",
+]

@@ -1,6 +1,6 @@
 """The parameters on the devices, as the tensors that a Hugging Face file holds, fetched one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -11,8 +11,12 @@ from meshgpt.errors import UserError
 from meshgpt.hf.names import ModelConfig, Stored, stored_tensors, to_stored
 
 
-def live_tensors(params: trees.Tree, config: ModelConfig, dtype: np.dtype) -> Iterator[tuple[Stored, np.ndarray]]:
+def live_tensors(
+    params: trees.Tree, config: ModelConfig, dtype: np.dtype, order: Sequence[Stored] = ()
+) -> Iterator[tuple[Stored, np.ndarray]]:
     """Every stored tensor of the model with its contents in `dtype`; one layer's slice is on the host at a time.
+
+    `order` are the tensors to go through, by default all of them in the order of the model.
 
     Every process of a run has to go through it, for parameters that span processes are gathered here.
 
@@ -20,7 +24,7 @@ def live_tensors(params: trees.Tree, config: ModelConfig, dtype: np.dtype) -> It
       UserError: naming the tensor that holds, or in `dtype` would hold, a value that is not finite.
     """
     leaves = dict(trees.leaves_with_names(params))
-    for tensor in stored_tensors(config):
+    for tensor in order or stored_tensors(config):
         parts = [_fetch(leaves[path], tensor.layer) for path in tensor.paths]
         contents = to_stored(tensor, parts)
         del parts

@@ -18,40 +18,45 @@ from meshgpt.errors import UserError
 from meshgpt.hf import safetensor
 from meshgpt.hf.config import ModelConfig
 from meshgpt.hf.names import BUFFERS, Stored, by_path, from_stored, stored_tensors
-from meshgpt.hf.source import Source, open_source
+from meshgpt.hf.tensors import Tensors, open_tensors
 
 
 def load(folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
-    """The parameters in `folder`, placed like `abstract`.
+    """The parameters in `folder`, which is in the Hugging Face format, placed like `abstract`; see `place`."""
+    return place(fitting(open_tensors(folder), config), config, abstract)
+
+
+def place(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
+    """The parameters that `tensors` hold, placed like `abstract`.
 
     Args:
-      folder: a local folder in the Hugging Face format.
-      config: the architecture, usually `read_config(folder)`; its padded vocabulary is the one of `abstract`.
+      tensors: those of `config`, no more and no less (`fitting`).
+      config: the architecture; its padded vocabulary is the one of `abstract`.
       abstract: the parameter tree as `jax.ShapeDtypeStruct` (arrays serve as well) with the dtype of every parameter,
         to which the source is cast, and its `NamedSharding`, which leaves the axis of layers whole.
 
     Raises:
-      UserError: listing all that is missing, unexpected, misshapen or of a dtype that is not a float's, before anything
-        is allocated; or naming the first tensor that holds a value that is not finite.
+      UserError: naming the first tensor that holds a value that is not finite, in the file or once cast.
     """
-    source = open_source(folder)
-    tensors = stored_tensors(config)
-    check(source, tensors)
-    holders = by_path(tensors)
+    holders = by_path(stored_tensors(config))
     leaves = trees.leaves_with_names(abstract)
     assert {name for name, _ in leaves} == set(holders), "abstract is not a parameter tree of this configuration"
     # Whole tables first: their copy on the host is the largest, and is gone before the stacks fill the devices.
     order = sorted(leaves, key=lambda item: holders[item[0]][0].layer is not None)
-    placed = {name: _place(source, holders[name], name, leaf) for name, leaf in order}
+    placed = {name: _place(tensors, holders[name], name, leaf) for name, leaf in order}
     return trees.map_with_names(lambda name, _: placed[name], abstract)
 
 
-def check(source: Source, tensors: list[Stored]) -> None:
-    """Raises UserError listing every tensor that is missing, unexpected, misshapen or not of a float dtype."""
-    wanted = {tensor.name: tensor.shape for tensor in tensors}
-    found = {name: entry for name, entry in source.entries.items() if BUFFERS.fullmatch(name) is None}
+def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The tensors of `config`, without the constants and the copies that a checkpoint may carry along.
+
+    Raises:
+      UserError: listing all that is missing, unexpected, misshapen or of a dtype that is not a float's.
+    """
+    wanted = {tensor.name: tensor.shape for tensor in stored_tensors(config)}
+    found = {name: entry for name, entry in tensors.entries.items() if BUFFERS.fullmatch(name) is None}
     if "lm_head.weight" in found and "lm_head.weight" not in wanted:
-        _check_tied(source)
+        _check_tied(tensors)
         del found["lm_head.weight"]
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
     for name, entry in found.items():
@@ -63,46 +68,47 @@ def check(source: Source, tensors: list[Stored]) -> None:
             problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.DTYPES)}")
     if problems:
         raise UserError(
-            f"{source.folder}: {len(problems)} tensors do not fit its config.json:\n  " + "\n  ".join(problems)
+            f"{tensors.origin}: {len(problems)} tensors do not fit its configuration:\n  " + "\n  ".join(problems)
         )
+    return Tensors(origin=tensors.origin, entries=found)
 
 
-def _check_tied(source: Source) -> None:
+def _check_tied(tensors: Tensors) -> None:
     """A tied model may carry its head as a copy of the embedding; a head that differs is another model."""
-    head, table = source.entries["lm_head.weight"], source.entries.get("transformer.wte.weight")
-    same = table is not None and (head.code, head.shape) == (table.code, table.shape)
-    if not same or not np.array_equal(head.map().view(np.uint8), source.map("transformer.wte.weight").view(np.uint8)):
+    head, table = tensors.entries["lm_head.weight"], tensors.entries.get("transformer.wte.weight")
+    same = table is not None and (head.code, head.shape) == (table.code, table.shape) and head.code in safetensor.DTYPES
+    if table is None or not same or not np.array_equal(head.map().view(np.uint8), table.map().view(np.uint8)):
         raise UserError(
-            f"{source.folder}: lm_head.weight differs from the embedding, yet the configuration ties them; "
+            f"{tensors.origin}: lm_head.weight differs from the embedding, yet the configuration ties them; "
             'if the head is its own, set "tie_word_embeddings": false in config.json'
         )
 
 
-def _place(source: Source, holders: list[Stored], path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _place(tensors: Tensors, holders: list[Stored], path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding), f"{path} has no place on a mesh: {sharding}"
     if holders[0].layer is None:
-        return _read(source, holders[0], path, leaf.shape, sharding, leaf.dtype)
+        return _read(tensors, holders[0], path, leaf.shape, sharding, leaf.dtype)
     assert not sharding.spec or sharding.spec[0] is None, f"layers are sharded: {sharding.spec}"
     of_one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     for layer, holder in enumerate(holders):
-        part = _read(source, holder, path, leaf.shape[1:], of_one_layer, leaf.dtype)
+        part = _read(tensors, holder, path, leaf.shape[1:], of_one_layer, leaf.dtype)
         stack = _set_layer(stack, part, layer)
     return stack
 
 
 def _read(
-    source: Source, tensor: Stored, path: str, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype
+    tensors: Tensors, tensor: Stored, path: str, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype
 ) -> jax.Array:
-    contents = source.map(tensor.name)
+    contents = tensors.entries[tensor.name].map()
 
     def slice_of(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         part = from_stored(tensor, contents, path, shape, index, dtype)
         if not np.isfinite(part).all():
             raise UserError(
-                f"{source.folder}: {tensor.name} holds a value that is not finite in {np.dtype(dtype).name}"
+                f"{tensors.origin}: {tensor.name} holds a value that is not finite in {np.dtype(dtype).name}"
             )
         return part
 

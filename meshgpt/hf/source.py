@@ -1,64 +1,102 @@
-"""A folder in the Hugging Face format as a table of tensors, whatever the files they lie in."""
+"""Where a model comes from: a Hugging Face folder, a hub id or a checkpoint of Mesh-Transformer-JAX, opened alike."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-import numpy as np
-
+from meshgpt import trees
 from meshgpt.errors import UserError
-from meshgpt.hf import safetensor
-from meshgpt.hf.names import canonical
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from meshgpt.hf import hub, mtj
+from meshgpt.hf.config import read_config
+from meshgpt.hf.moments import Moments
+from meshgpt.hf.names import ModelConfig
+from meshgpt.hf.read import fitting, place
+from meshgpt.hf.surgery import Surgery, operate
+from meshgpt.hf.tensors import Tensors, open_tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The tensors of a checkpoint by canonical name (`transformer.h.0...`, `lm_head...`), none of them read yet."""
+    """A model whose every tensor is there and fits; nothing is read yet.
 
-    folder: Path
-    entries: dict[str, safetensor.Entry]
+    origin: what it was opened by. config: its architecture, after surgery. tokenizer: the folder that `load_tokenizer`
+    reads, None if there is none. step: updates it was trained for, 0 where the format does not say. notes: what was
+    decided or changed on the way, to be said and recorded. adam: None where `load_moments` has nothing to load.
+    """
 
-    def map(self, name: str) -> np.ndarray:
-        """One tensor, memory-mapped for as long as the array lives."""
-        return self.entries[name].map()
+    origin: str
+    config: ModelConfig
+    tokenizer: Path | None
+    step: int
+    notes: tuple[str, ...]
+    tensors: Tensors
+    adam: mtj.Adam | None
+
+    def load(self, abstract: trees.Tree) -> trees.Tree:
+        """The parameters, placed like `abstract`: see `read.place`."""
+        return place(self.tensors, self.config, abstract)
+
+    def load_moments(self, abstract_mu: trees.Tree, abstract_nu: trees.Tree) -> Moments:
+        """The optimizer's state, placed like the two trees: the parameters' shapes in the dtypes of the moments."""
+        if self.adam is None:
+            raise UserError(f"{self.origin} has no optimizer state to continue with: start a new optimizer")
+        return Moments(
+            mu=place(self.adam.mu, self.config, abstract_mu),
+            nu=place(self.adam.nu, self.config, abstract_nu),
+            count=self.adam.count,
+        )
 
 
-def open_source(folder: Path) -> Source:
-    """The tensors of the checkpoint in `folder`: `model.safetensors`, or the shards that its index names.
+def open_source(source: str, surgery: Surgery = Surgery()) -> Source:
+    """Opens a local folder (Hugging Face's format, or Mesh-Transformer-JAX's `step_N`), or else a model on the hub.
+
+    Every tensor's name and shape is checked here, before anything is allocated.
+
+    Args:
+      source: a folder, or `owner/name` or `owner/name@revision` on the hub.
+      surgery: what to change on the way.
 
     Raises:
-      UserError: for no checkpoint, a file that is missing, cut short or elsewhere, and a tensor that is there twice.
+      UserError: nothing there, another architecture, files that are missing, cut short or hold anything but tensors,
+        tensors that do not fit the configuration (all of them listed), no network, no room for the download.
     """
-    entries: dict[str, safetensor.Entry] = {}
-    for file in _files(folder):
-        for name, entry in safetensor.read_header(file).items():
-            if canonical(name) in entries:
-                raise UserError(f"{folder}: tensor {canonical(name)} is there twice, in {entry.file.name} for one")
-            entries[canonical(name)] = entry
-    return Source(folder=folder, entries=entries)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and mtj.is_checkpoint(folder):
+        return _from_mesh_transformer(source, folder, surgery)
+    if not folder.is_dir():
+        if folder.exists() or not hub.is_id(source):
+            raise UserError(f"{source} is neither a folder nor a model's id on the hub (owner/name)")
+        folder = hub.download(source)
+    config = read_config(folder)
+    tensors, config, notes = operate(fitting(open_tensors(folder), config), config, surgery)
+    return Source(
+        origin=source,
+        config=config,
+        tokenizer=_tokenizer(folder),
+        step=0,
+        notes=notes,
+        tensors=tensors,
+        adam=None,
+    )
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        raise UserError(f"{folder} has no model: neither {SINGLE} nor {INDEX}")
-    return indexed_files(folder / INDEX)
+def _from_mesh_transformer(source: str, folder: Path, surgery: Surgery) -> Source:
+    found = mtj.read(folder)
+    tensors, config, changes = operate(found.tensors, found.config, surgery)
+    adam, notes = found.adam, [*found.notes, *changes]
+    if adam is not None and changes:
+        adam = None
+        notes.append("the optimizer's state is left behind: it does not fit the changed tables")
+    return Source(
+        origin=source,
+        config=config,
+        tokenizer=_tokenizer(folder),
+        step=found.step,
+        notes=tuple(notes),
+        tensors=tensors,
+        adam=adam,
+    )
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """The files that the `weight_map` of an index names, each of them in the folder of the index."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of tensors ({type(error).__name__}: {error})") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{index} names {name!r}, which is not a file of its own folder; refused")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index} names files that are missing: {', '.join(missing)}; download them again")
-    return [index.parent / name for name in names]
+def _tokenizer(folder: Path) -> Path | None:
+    there = any(folder.glob("*.model")) or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return folder if there else None

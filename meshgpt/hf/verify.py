@@ -15,7 +15,7 @@ from meshgpt.hf.config import ModelConfig, read_config
 from meshgpt.hf.live import live_tensors
 from meshgpt.hf.names import stored_tensors
 from meshgpt.hf.read import load
-from meshgpt.hf.source import Source, open_source
+from meshgpt.hf.tensors import Tensors, open_tensors
 
 # Of the spread of the live logits. Equal parameters give equal logits, but for a kernel that is not deterministic;
 # parameters rounded to 16 bits move them by a few percent; one misplaced tensor moves them by their whole spread.
@@ -66,11 +66,11 @@ def read_back(folder: Path, params: trees.Tree, config: ModelConfig, probe: Prob
     wanted = dataclasses.replace(config, d_ff=config.mlp_width)
     if found != wanted:
         raise UserError(f"{folder}/config.json reads back as {found}, and the live model is {wanted}")
-    source = open_source(folder)
-    parameters = _compare_count(source, config)
-    _compare_tensors(source, params, config)
+    tensors = open_tensors(folder)
+    parameters = _compare_count(tensors, config)
+    compare_tensors(tensors, params, config)
     logits = _logits(probe, params, config)
-    exact = all(_holds(source, leaf.dtype) for leaf in jax.tree.leaves(params))
+    exact = all(_holds(tensors, leaf.dtype) for leaf in jax.tree.leaves(params))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
     if release:
         for leaf in jax.tree.leaves(params):
@@ -81,41 +81,42 @@ def read_back(folder: Path, params: trees.Tree, config: ModelConfig, probe: Prob
         raise UserError(
             f"{folder}: every tensor is equal, yet the logits differ by {error:.2g} of their spread; not exported"
         )
-    return Verdict(parameters=parameters, tensors=len(source.entries), tokens=probe.tokens_BT.size, logit_error=error)
+    return Verdict(parameters=parameters, tensors=len(tensors.entries), tokens=probe.tokens_BT.size, logit_error=error)
 
 
-def _compare_count(source: Source, config: ModelConfig) -> int:
-    found = sum(math.prod(entry.shape) for entry in source.entries.values())
+def _compare_count(tensors: Tensors, config: ModelConfig) -> int:
+    found = sum(math.prod(entry.shape) for entry in tensors.entries.values())
     wanted = sum(math.prod(tensor.shape) for tensor in stored_tensors(config))
     if found != wanted:
-        raise UserError(f"{source.folder} holds {found:,} parameters, and the live model has {wanted:,}")
+        raise UserError(f"{tensors.origin} holds {found:,} parameters, and the live model has {wanted:,}")
     return found
 
 
-def _compare_tensors(source: Source, params: trees.Tree, config: ModelConfig) -> None:
-    """Bit for bit, after the rounding that the folder's dtype brings."""
-    dtype = _dtype(source)
+def compare_tensors(tensors: Tensors, params: trees.Tree, config: ModelConfig) -> None:
+    """Compares bit for bit, after the rounding that the dtype of `tensors` brings; raises UserError at the first."""
+    dtype = _dtype(tensors)
     for tensor, contents in live_tensors(params, config, dtype):
-        if tensor.name not in source.entries:
-            raise UserError(f"{source.folder}: {tensor.name} is missing")
-        stored = source.map(tensor.name)
+        if tensor.name not in tensors.entries:
+            raise UserError(f"{tensors.origin}: {tensor.name} is missing")
+        stored = tensors.entries[tensor.name].map()
         if stored.dtype != dtype or stored.shape != contents.shape:
-            raise UserError(f"{source.folder}: {tensor.name} is {stored.dtype} {stored.shape}")
-        differs = stored.view(np.uint8) != contents.view(np.uint8)
+            raise UserError(f"{tensors.origin}: {tensor.name} is {stored.dtype} {stored.shape}")
+        bits = np.dtype(f"u{dtype.itemsize}")
+        differs = stored.view(bits) != contents.view(bits)
         if differs.any():
-            raise UserError(f"{source.folder}: {tensor.name} is the first tensor that differs from the live model")
+            raise UserError(f"{tensors.origin}: {tensor.name} is the first tensor that differs from the live model")
 
 
-def _dtype(source: Source) -> np.dtype:
-    codes = {entry.code for entry in source.entries.values()}
+def _dtype(tensors: Tensors) -> np.dtype:
+    codes = {entry.code for entry in tensors.entries.values()}
     if len(codes) != 1 or not codes <= set(safetensor.DTYPES):
-        raise UserError(f"{source.folder} holds tensors of dtypes {sorted(codes)}; one float dtype was to be written")
+        raise UserError(f"{tensors.origin} holds tensors of dtypes {sorted(codes)}; one float dtype was to be written")
     return safetensor.DTYPES[codes.pop()]
 
 
-def _holds(source: Source, dtype: np.dtype) -> bool:
+def _holds(tensors: Tensors, dtype: np.dtype) -> bool:
     """Whether the folder's dtype keeps every value of `dtype`."""
-    return np.promote_types(_dtype(source), dtype) == _dtype(source)
+    return np.promote_types(_dtype(tensors), dtype) == _dtype(tensors)
 
 
 def _logits(probe: Probe, params: trees.Tree, config: ModelConfig) -> np.ndarray:

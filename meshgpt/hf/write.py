@@ -1,16 +1,12 @@
 """Export: the live parameters as a folder that transformers and its kin load, proved before it gets its name."""
 
-import contextlib
-import errno
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -20,14 +16,14 @@ from meshgpt.hf import safetensor
 from meshgpt.hf.config import ModelConfig, config_json, generation_config_json
 from meshgpt.hf.live import live_tensors
 from meshgpt.hf.names import Stored, stored_tensors
-from meshgpt.hf.source import INDEX, SINGLE
+from meshgpt.hf.staging import first, staged
+from meshgpt.hf.tensors import INDEX, SINGLE
 from meshgpt.hf.verify import Probe, Verdict, read_back
 from meshgpt.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 SHARD_BYTES = 5_000_000_000
-_SPARE_BYTES = 64_000_000  # tokenizer, JSON and what the file system needs for itself
 
 
 def _silent(done: int, total: int) -> None:
@@ -71,10 +67,10 @@ def export(
         )
     tensors, target = stored_tensors(config), _numpy(dtype)
     total = sum(_nbytes(tensor, target) for tensor in tensors)
-    with _staged(out, total, replace=replace) as folder:
+    with staged(out, total, marker="config.json", replace=replace) as folder:
         shards = _plan(tensors, target, shard_bytes)
         _write_tensors(folder, shards, live_tensors(params, config, target), target, total, on_progress)
-        if _first():
+        if first():
             if len(shards) > 1:
                 _write_index(folder, shards, total)
             _write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
@@ -90,66 +86,6 @@ def _numpy(dtype: Dtype) -> np.dtype:
 
 def _nbytes(tensor: Stored, dtype: np.dtype) -> int:
     return math.prod(tensor.shape) * dtype.itemsize
-
-
-def _first() -> bool:
-    return jax.process_index() == 0
-
-
-@contextlib.contextmanager
-def _staged(out: Path, total: int, *, replace: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, and goes if anything fails on the way."""
-    out = out.absolute()
-    folder = out.with_name(f".{out.name}.partial")
-    if _first():
-        _check_free(out, replace=replace)
-        _make(folder, total)
-    multihost_utils.sync_global_devices("export folder made")
-    try:
-        yield folder
-        multihost_utils.sync_global_devices("export compared")
-        if _first():
-            _rename(folder, out)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"{out}: the disk is full; {total:,} bytes are needed. Nothing was left behind") from error
-    finally:
-        if _first():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_free(out: Path, *, replace: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "config.json").is_file():
-        raise UserError(f"{out} exists and is not an exported model; name another folder")
-    if not replace:
-        raise UserError(f"{out} holds a model already; name another folder, or ask to replace it")
-
-
-def _make(folder: Path, total: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from error
-    free = shutil.disk_usage(folder).free
-    if free < total + _SPARE_BYTES:
-        folder.rmdir()
-        raise UserError(
-            f"{folder.parent} has {free:,} bytes free and the export takes {total + _SPARE_BYTES:,}; "
-            "free some space, or name a folder on another disk"
-        )
-
-
-def _rename(folder: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _plan(tensors: list[Stored], dtype: np.dtype, shard_bytes: int) -> dict[str, list[Stored]]:
@@ -176,7 +112,7 @@ def _write_tensors(
     total: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    if not _first():
+    if not first():
         for _ in contents:  # takes part in the gathering
             pass
         return
