@@ -16,7 +16,9 @@ from meshgpt.optim import AdamW, Cosine
 def config() -> Run:
     return Run(
         model=GPTJConfig(vocab_size=4096, n_positions=256, n_layers=4, n_heads=4, d_model=256, rotary_dim=32),
-        data=Data(prepare=Prepare(sources=("stdlib",), out="", train_tokenizer="bpe", vocab_size=4096, val_fraction=0.02)),
+        data=Data(
+            prepare=Prepare(sources=("stdlib",), out="", train_tokenizer="bpe", vocab_size=4096, val_fraction=0.02)
+        ),
         steps=400,
         global_batch=16,
         optim=AdamW(peak_lr=2e-3, warmup_steps=40, schedule=Cosine(final=0.05)),

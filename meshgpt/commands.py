@@ -15,13 +15,12 @@ from meshgpt import hf, runtime, wrap_up
 from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
-from meshgpt.errors import UserError
 from meshgpt.generate import Sampling, generate_text
 from meshgpt.precision import Precision
 from meshgpt.tracker import progress_bar
 from meshgpt.trained import open_trained
 
-_FLAGS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+_FLAGS = (tyro.conf.AvoidSubcommands,)
 Source = Annotated[Path, tyro.conf.Positional]
 
 
@@ -29,7 +28,8 @@ def prepare(arguments: Sequence[str]) -> None:
     """meshgpt prepare SOURCE... --out DIR"""
     sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     named = ["--sources", *sources] if sources else []
-    request = tyro.cli(Prepare, prog="meshgpt prepare SOURCE...", args=[*named, *arguments[len(sources) :]], config=_FLAGS)
+    flags = [*named, *arguments[len(sources) :]]
+    request = tyro.cli(Prepare, prog="meshgpt prepare SOURCE...", args=flags, config=_FLAGS)
     with progress_bar() as report:
         store = prepare_store(request, report)
     for name in ("train", "val"):

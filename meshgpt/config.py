@@ -18,21 +18,20 @@ from meshgpt.precision import Precision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the tokens come from.
-
-    store: a folder made by `meshgpt prepare`. Where it is empty, `prepare` says what to make first; its `out` may be
-    empty too, and is then `data` in the run's folder.
-    """
+    """Where the tokens come from."""
 
     store: str = ""
+    """A folder made by `meshgpt prepare`. Where it is empty, `prepare` says what to make first."""
     prepare: Prepare | None = None
+    """What to make; its `out` may be empty, and is then `data` in the run's folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Texts written at the end of a run, to `samples.txt` and the console; an empty prompt starts a new text."""
+    """Texts written at the end of a run, to `samples.txt` and the console."""
 
     prompts: tuple[str, ...] = ("",)
+    """What to go on from, one text each; an empty one starts a new text. None at all: write no samples."""
     max_new_tokens: int = 100
     temperature: float = 0.8
     top_p: float = 0.95
@@ -40,43 +39,48 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run.
-
-    steps: optimizer steps. global_batch: sequences in a step, over all devices and accumulated microbatches.
-    seq_len: tokens of a sequence (0: the model's n_positions). accumulate: microbatches that a step is cut into.
-    eval_every: steps between evaluations on the held-out text, which take at most eval_batches batches (0: all).
-    log_every: steps between lines of metrics. max_bad_steps: stop after so many steps in a row without a finite loss
-    and gradient. export: write a Hugging Face folder at the end, in this dtype ("none": do not).
-    run_dir: the run's folder (empty: runs/<recipe>). resume: go on where the folder's run stopped ("auto": if there is
-    one; "must": fail if there is none; "never": start afresh, setting an earlier run aside).
-    """
+    """A training run."""
 
     model: GPT2Config | GPTJConfig
     data: Data
     steps: int
+    """Optimizer steps."""
     global_batch: int
+    """Sequences in a step, over all devices and accumulated microbatches."""
     seq_len: int = 0
+    """Tokens of a sequence; 0 takes the model's n_positions."""
     accumulate: int = 1
+    """Microbatches that a step is cut into."""
     seed: int = 0
+    """Of the parameters, the order of the text, dropout and the samples."""
     optim: AdamW = AdamW()
     objective: NextToken = NextToken()
     precision: Precision = Precision()
     execution: Execution = Execution()
     mesh: MeshShape = MeshShape()
     eval_every: int = 250
+    """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
+    """At most so many batches an evaluation; 0 takes the whole held-out text."""
     log_every: int = 10
+    """Steps between lines of metrics."""
     max_bad_steps: int = 20
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
     checkpointing: Checkpointing = Checkpointing()
     samples: Samples = Samples()
     export: Literal["none", "float32", "bfloat16", "float16"] = "float32"
+    """Write a Hugging Face folder at the end, in this dtype."""
     run_dir: str = ""
+    """The run's folder; empty takes runs/<recipe>."""
     resume: Literal["auto", "never", "must"] = "auto"
+    """Go on where the folder's run stopped, if there is one; never (an earlier run is set aside); or fail without."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}")
         if self.seq_len < 0 or self.eval_batches < 0:
             raise UserError(f"--seq-len {self.seq_len}, --eval-batches {self.eval_batches}: these cannot be negative")
         if self.seq_len > self.model.n_positions:
@@ -95,11 +99,17 @@ class Run:
         return self.seq_len or self.model.n_positions
 
 
-# What may differ when a run is resumed: none of it changes what the steps done so far have computed.
-RESUMABLE = frozenset(
-    ("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps")
-    + ("checkpointing", "samples", "export", "run_dir", "resume")
+# What may differ when a run is resumed: none of it changes what the steps done so far have computed. The tokens
+# themselves are compared by their digest (`train.start_state`), so that a store may be moved.
+RESUMABLE = (
+    *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps"),
+    *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
 )
+
+
+def may_differ(name: str) -> bool:
+    """Whether the field of this dotted name may be another one when a run is resumed."""
+    return any(name == free or name.startswith(f"{free}.") for free in RESUMABLE)
 
 
 def to_json(value: Any) -> Any:
@@ -120,23 +130,29 @@ def from_json(hint: Any, value: Any, where: str = "run") -> Any:
     """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, dict):
-        named = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
-        cls = named.get(value.get("type", ""))
-        if cls is None:
-            raise UserError(f"{where} is a {value.get('type')!r}, which this version of meshgpt does not know")
-        return _dataclass_from_json(cls, value, where)
+        classes = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+        for cls in classes:
+            if cls.__name__ == value.get("type"):
+                return _dataclass_from_json(cls, value, where)
+        raise UserError(f"{where} is a {value.get('type')!r}, which this version of meshgpt does not know")
     if isinstance(value, list):
-        item = next(typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple)
-        return tuple(from_json(item, element, f"{where}[{index}]") for index, element in enumerate(value))
+        items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple]
+        if not items:
+            raise UserError(f"{where} is a list, which this version of meshgpt does not know")
+        return tuple(from_json(items[0], element, f"{where}[{index}]") for index, element in enumerate(value))
     return value
 
 
-def _dataclass_from_json(cls: type, value: dict[str, Any], where: str) -> Any:
+def _dataclass_from_json(cls: Any, value: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = value.keys() - hints.keys() - {"type"}
     if unknown:
         raise UserError(f"{where}.{min(unknown)} is not known to this version of meshgpt")
-    return cls(**{name: from_json(hints[name], value[name], f"{where}.{name}") for name in value if name != "type"})
+    fields = {name: from_json(hints[name], value[name], f"{where}.{name}") for name in value if name != "type"}
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise UserError(f"{where} cannot be read by this version of meshgpt: {error}") from error
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

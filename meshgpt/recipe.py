@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,24 @@ def load(path: Path) -> Run:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    make = getattr(module, "config", None)
-    run = make() if callable(make) else None
+    try:
+        module_spec.loader.exec_module(module)
+        make = getattr(module, "config", None)
+        run = make() if callable(make) else None
+    except UserError as error:
+        raise UserError(f"{_place(error, path)}: {error}") from error
+    except Exception as error:  # the recipe is the user's program: whatever it raises is theirs to mend
+        raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(run, Run):
         raise UserError(f"{path} has no function config() that returns a meshgpt.config.Run")
     return run if run.run_dir else dataclasses.replace(run, run_dir=str(Path("runs") / path.stem))
+
+
+def _place(error: Exception, path: Path) -> str:
+    """`path`, with the last of its lines on the way to `error`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def parse(arguments: Sequence[str], program: str) -> Run:
@@ -47,5 +60,5 @@ def parse(arguments: Sequence[str], program: str) -> Run:
         prog=f"{program} {arguments[0]}",
         default=default,
         args=list(arguments[1:]),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )

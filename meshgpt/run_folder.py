@@ -1,5 +1,6 @@
 """The folder of a run: what it holds, who may write it, and whether a run may go on in it."""
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import meshgpt
-from meshgpt.config import RESUMABLE, Run, differences, from_json, to_json
+from meshgpt import digests
+from meshgpt.config import Run, differences, from_json, may_differ, to_json
 from meshgpt.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
 _KEPT_ASIDE = ("data", "run.lock")  # what `--resume never` leaves in place: the prepared text is the same
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
@@ -26,6 +29,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record = path / "run.json"
+        self._scratch = path / "run.json.tmp"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples.txt"
@@ -59,13 +63,17 @@ class RunFolder:
 
         Raises:
           UserError: another process is at work here; the folder holds something else, or a run whose configuration
-            differs in a way that cannot resume (named); or `run.resume` forbids what would have to be done.
+            differs in a way that cannot resume (named); `run.resume` forbids what would have to be done; or, at any
+            time within, the disk is full.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "run.lock", "a")  # noqa: SIM115 (the `with` below closes it)
         except OSError as error:
-            raise UserError(f"cannot make the run's folder {self.path}: {error.strerror}") from error
-        with open(self.path / "run.lock", "a") as lock:
+            raise UserError(
+                f"cannot write to the run's folder {self.path}: {error.strerror}; give another --run-dir"
+            ) from error
+        with lock, self._full_disk_explained():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -80,9 +88,23 @@ class RunFolder:
             self._write_record(run, command)
             yield
 
+    @contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"cannot write to {error.filename or self.path}: the disk (or a quota, or the file size limit) is "
+                "full. The checkpoints saved before are intact. Free space, then start the same command again to resume"
+            ) from error
+
     def _check_same(self, run: Run, report: Callable[[str], None]) -> None:
+        if not any(self.checkpoints.glob(f"*{digests.SUFFIX}")):
+            return  # nothing was trained that another configuration could spoil
         changes = differences(self._read_record()["run"], to_json(run))
-        locked = [change for change in changes if change[0].split(".")[0] not in RESUMABLE]
+        locked = [change for change in changes if not may_differ(change[0])]
         if locked:
             said = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in locked[:5])
             raise UserError(
@@ -94,7 +116,8 @@ class RunFolder:
                 report(f"resuming with {name} {new!r} (was {old!r})")
 
     def _check_nothing_else(self) -> None:
-        foreign = [p.name for p in self.path.iterdir() if p.name not in _KEPT_ASIDE]
+        ours = (*_KEPT_ASIDE, self._scratch.name)
+        foreign = [p.name for p in self.path.iterdir() if p.name not in ours]
         if foreign and not self.record.is_file():
             raise UserError(
                 f"{self.path} is not empty and holds no run (it has {min(foreign)}): give an empty or new --run-dir"
@@ -107,7 +130,8 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
             number += 1
         aside.mkdir()
-        for entry in sorted(self.path.iterdir()):
+        # The record goes last: a kill on the way leaves a folder that is still known as a run's.
+        for entry in sorted(self.path.iterdir(), key=lambda path: path == self.record):
             if entry.name not in _KEPT_ASIDE:
                 os.replace(entry, aside / entry.name)
         report(f"the earlier run is now in {aside}")
@@ -123,9 +147,8 @@ class RunFolder:
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        scratch = self.record.with_suffix(".tmp")
-        scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, self.record)
+        self._scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(self._scratch, self.record)
 
 
 def _git_revision() -> str | None:
