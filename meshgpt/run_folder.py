@@ -46,6 +46,14 @@ class RunFolder:
         """
         return from_json(Run, self._read_record()["run"])
 
+    def finished_step(self) -> int | None:
+        """The step of the samples, the export and the loss curve; None before there are any."""
+        return self._read_record().get("finished_step") if self.record.is_file() else None
+
+    def mark_finished(self, step: int) -> None:
+        """Says that everything that a run leaves at its end is there, as of `step`."""
+        self._write_record(self._read_record() | {"finished_step": step})
+
     def _read_record(self) -> dict[str, Any]:
         if not self.record.is_file():
             raise UserError(f"{self.path} holds no run: there is no {self.record.name} in it")
@@ -85,7 +93,7 @@ class RunFolder:
             elif run.resume == "must":
                 raise UserError(f"--resume must: {self.path} holds no run to go on with")
             self._check_nothing_else()
-            self._write_record(run, command)
+            self._write_record(_record(run, command) | {"finished_step": self.finished_step()})
             yield
 
     @contextmanager
@@ -136,19 +144,22 @@ class RunFolder:
                 os.replace(entry, aside / entry.name)
         report(f"the earlier run is now in {aside}")
 
-    def _write_record(self, run: Run, command: str) -> None:
-        record = {
-            "meshgpt": meshgpt.__version__,
-            "run": to_json(run),
-            "seed": run.seed,
-            "command": command,
-            "git_revision": _git_revision(),
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+    def _write_record(self, record: dict[str, Any]) -> None:
         self._scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(self._scratch, self.record)
+
+
+def _record(run: Run, command: str) -> dict[str, Any]:
+    return {
+        "meshgpt": meshgpt.__version__,
+        "run": to_json(run),
+        "seed": run.seed,
+        "command": command,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _git_revision() -> str | None:

@@ -6,6 +6,7 @@ The host stays one step behind the devices: a step is dispatched before the figu
 import dataclasses
 import functools
 import math
+import re
 import shlex
 import signal
 import sys
@@ -33,7 +34,7 @@ from meshgpt.step import Metrics, TrainState, init_state, make_eval_step, make_t
 from meshgpt.tokenizer import Tokenizer
 from meshgpt.tracker import Console, JsonLines, Several, progress_bar
 from meshgpt.trees import Tree, leaves_with_names
-from meshgpt.wrap_up import finish
+from meshgpt.wrap_up import check_samples, finish
 
 
 def train(run: Run, command: str = "") -> None:
@@ -48,20 +49,24 @@ def train(run: Run, command: str = "") -> None:
     with folder.claimed(run, command, say), jax.set_mesh(mesh):
         store = open_store(run, folder)
         tokenizer = check_vocabulary(store, run)
+        check_samples(run, tokenizer)
         if jax.process_index() == 0:
             tokenizer.save(folder.tokenizer)
         loop = Loop.build(run, mesh, store)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
             state = start_state(loop, checkpoints, say)
-            if int(state.step) >= run.steps and not _unfinished(run, folder):
+            if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return
             state, stopped = run_steps(loop, folder, state, checkpoints)
-            checkpoints.save(int(state.step), state.items(), {"run": to_json(run)})
+            step = int(state.step)
+            checkpoints.save(step, state.items(), loop.metadata)
         if stopped:
-            say(f"stopped at step {int(state.step):,} and saved; to go on: {command or 'the same command'}")
-        else:
-            finish(run, folder, loop.model, state.params, tokenizer, store.split("val"), say)
+            say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
+            return
+        finish(run, folder, loop.model, state.params, tokenizer, store, say)
+        if jax.process_index() == 0:
+            folder.mark_finished(step)
 
 
 def open_store(run: Run, folder: RunFolder) -> Store:
@@ -72,8 +77,11 @@ def open_store(run: Run, folder: RunFolder) -> Store:
         raise UserError("no data: give --data.store FOLDER, made by `meshgpt prepare`, or a recipe with data.prepare")
     request = run.data.prepare
     request = request if request.out else dataclasses.replace(request, out=str(folder.data))
-    with progress_bar() as report:
-        return prepare(request, report)
+    try:
+        with progress_bar() as report:
+            return prepare(request, report)
+    except UserError as error:  # it names the flags of `meshgpt prepare`, which are longer here
+        raise UserError(re.sub(r"(?<!\S)--(?=[a-z])", "--data.prepare.", str(error))) from error
 
 
 def check_vocabulary(store: Store, run: Run) -> Tokenizer:
@@ -93,6 +101,7 @@ class Loop:
     run: Run
     mesh: jax.sharding.Mesh
     model: Model
+    metadata: dict[str, Any]  # kept beside each checkpoint
     batches: Batches
     validation: EvalBatches | None
     val: Split
@@ -113,6 +122,7 @@ class Loop:
             run=run,
             mesh=mesh,
             model=model,
+            metadata={"run": to_json(run), "store": store.digest},
             batches=Batches(sequences=sequences, seed=run.seed, global_batch=run.global_batch),
             validation=validation,
             val=val,
@@ -142,6 +152,11 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
         return loop.fresh()
     if step > loop.run.steps:
         raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
+    if checkpoints.metadata(step).get("store") != loop.metadata["store"]:
+        raise UserError(
+            f"the run is at step {step}, and the tokens of its store are other ones now: give the store it was trained "
+            "on with --data.store, or another --run-dir, or --resume never to start afresh (the old run is set aside)"
+        )
     say(f"resuming from step {step:,}")
     return TrainState(**checkpoints.restore(step, loop.abstract().items()))
 
@@ -161,14 +176,15 @@ def run_steps(
             figures.add(step, metrics)
             last = step == run.steps
             if loop.validation is not None and (last or step % run.eval_every == 0):
-                figures.validation(step, evaluate(loop, state.params))
+                with figures.evaluating(step) as log:
+                    log(evaluate(loop, state.params))
             if step % run.checkpointing.every == 0 and not last:
-                checkpoints.save(step, state.items(), {"run": to_json(run)})
+                checkpoints.save(step, state.items(), loop.metadata)
             if stop() or figures.bad_in_a_row >= run.max_bad_steps:
                 break
         figures.flush()
     if figures.bad_in_a_row >= run.max_bad_steps:
-        checkpoints.save(int(state.step), state.items(), {"run": to_json(run)})
+        checkpoints.save(int(state.step), state.items(), loop.metadata)
         raise UserError(
             f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing; "
             f"the last good parameters are saved in {folder.checkpoints}. Lower --optim.peak-lr, lengthen "
@@ -204,7 +220,7 @@ class Figures:
         shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
         self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
-        self._since: tuple[int, float] | None = None
+        self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
         self.bad_in_a_row = 0
 
@@ -222,10 +238,13 @@ class Figures:
         self.flush()
         self._pending = step, metrics
 
-    def validation(self, step: int, figures: dict[str, float]) -> None:
+    @contextmanager
+    def evaluating(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """Yields what takes the figures of an evaluation, whose time does not count as training."""
         self.flush()
-        self._since = None  # the next speed must not count the time that evaluation took
-        self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+        begun = time.monotonic()
+        yield lambda figures: self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+        self._since = self._since[0], self._since[1] + time.monotonic() - begun
 
     def flush(self) -> None:
         if self._pending is None:
@@ -235,20 +254,13 @@ class Figures:
         values: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bad_in_a_row = int(values.pop("skipped_in_a_row"))
         values["skipped_steps"] = int(values["skipped_steps"])
-        now = time.monotonic()
-        if self._since is None:
-            self._since = step, now
-        if step % self._run.log_every and step != self._run.steps and step != self._first + 1:
-            return
-        values["tokens"] = self._tokens(step)
-        values |= self._speed(step, now)
-        self._tracker.log(step, values)
+        run = self._run
+        if step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps):
+            self._tracker.log(step, values | {"tokens": self._tokens(step), **self._speed(step)})
 
-    def _speed(self, step: int, now: float) -> dict[str, float]:
-        assert self._since is not None
-        begun, since = self._since
-        if step == begun:
-            return {}
+    def _speed(self, step: int) -> dict[str, float]:
+        """Since the last logged step; the first of a run counts its compilation."""
+        (begun, since), now = self._since, time.monotonic()
         self._since = step, now
         speed = (self._tokens(step) - self._tokens(begun)) / (now - since)
         utilisation = scaling.mfu(speed, self._flops, self._kinds)
@@ -282,10 +294,15 @@ def _drops(run: Run) -> bool:
     return any(rates)
 
 
-def _unfinished(run: Run, folder: RunFolder) -> bool:
-    """Whether a kill came between the last step and the last file."""
+def _is_finished(run: Run, folder: RunFolder, step: int) -> bool:
+    """Whether the run's last files are there, and of this step: a kill may have come before them."""
     wanted = [folder.plot] + [folder.samples] * bool(run.samples.prompts) + [folder.export] * (run.export != "none")
-    return not all(path.exists() for path in wanted)
+    return folder.finished_step() == step and all(path.exists() for path in wanted)
+
+
+def _to_go_on(command: str) -> str:
+    """The command, without what would make it start afresh."""
+    return re.sub(r" --resume[ =]never\b", "", command) or "the same command"
 
 
 def _finished_already(run: Run, folder: RunFolder, step: int) -> str:

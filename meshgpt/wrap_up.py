@@ -9,7 +9,8 @@ import numpy as np
 from meshgpt import hf
 from meshgpt.axes import spec
 from meshgpt.config import Run
-from meshgpt.data.store import Split
+from meshgpt.data.store import Store
+from meshgpt.errors import UserError
 from meshgpt.generate import Sampling, generate_text
 from meshgpt.models import Model
 from meshgpt.report import plot_loss
@@ -21,15 +22,28 @@ from meshgpt.trees import Tree
 PROBE_TOKENS = 128
 
 
+def sampling(run: Run) -> Sampling:
+    """How the run's samples are drawn."""
+    wanted = run.samples
+    return Sampling(
+        max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=run.seed
+    )
+
+
+def check_samples(run: Run, tokenizer: Tokenizer) -> None:
+    """Raises UserError now for what `write_samples` would refuse when the training is done."""
+    sampling(run)
+    for prompt, tokens in zip(run.samples.prompts, tokenizer.encode_batch(list(run.samples.prompts)), strict=True):
+        if len(tokens) >= run.model.n_positions:
+            raise UserError(
+                f"the prompt {prompt[:40]!r}... of --samples.prompts has {len(tokens)} tokens, and the model's context "
+                f"is {run.model.n_positions}: give one of at most {run.model.n_positions - 1}"
+            )
+
+
 def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer) -> str:
     """Generates the run's samples into `samples.txt`; gives the text."""
-    sampling = Sampling(
-        max_new_tokens=run.samples.max_new_tokens,
-        temperature=run.samples.temperature,
-        top_p=run.samples.top_p,
-        seed=run.seed,
-    )
-    texts = generate_text(model, params, tokenizer, list(run.samples.prompts), sampling)
+    texts = generate_text(model, params, tokenizer, list(run.samples.prompts), sampling(run))
     blocks = [
         f"--- sample {number}, prompt {prompt!r}\n{prompt}{text}\n"
         for number, (prompt, several) in enumerate(zip(run.samples.prompts, texts, strict=True), start=1)
@@ -56,16 +70,17 @@ def probe(model: Model, tokens: np.ndarray) -> hf.Probe:
     return hf.Probe(tokens_BT=np.repeat(row_T[None], rows, axis=0), logits=placed)
 
 
-def export_run(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, split: Split) -> str:
+def export_run(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store) -> str:
     """Writes `export/`; gives the line that says what was proved. `params` are gone afterwards."""
     assert run.export != "none"
     write = functools.partial(hf.export, params, run.model, tokenizer, folder.export, dtype=run.export)
+    split = store.split("val" if store.split("val").num_tokens else "train")
     tokens = split.tokens(0, min(PROBE_TOKENS, split.num_tokens))
     return str(write(probe=probe(model, tokens), replace=True, release=True))
 
 
 def finish(
-    run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, split: Split,
+    run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """All of it, in order; `say` takes a line at a time. `params` are gone afterwards."""
@@ -74,7 +89,7 @@ def finish(
     if run.samples.prompts:
         say(write_samples(run, folder, model, params, tokenizer))
     if run.export != "none":
-        say(f"export: {export_run(run, folder, model, params, tokenizer, split)}")
+        say(f"export: {export_run(run, folder, model, params, tokenizer, store)}")
     say(summary(run, folder))
 
 
