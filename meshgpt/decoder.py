@@ -37,6 +37,8 @@ class Shape:
         for name in ("vocab_size", "n_positions", "n_layers", "n_heads", "d_model", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: give a positive number")
+        if self.d_ff < 0:
+            raise UserError(f"model.d_ff={self.d_ff}: give the MLP's width, or 0 for 4 model.d_model")
         if self.d_model % self.n_heads:
             raise UserError(
                 f"model.d_model={self.d_model} is not a multiple of model.n_heads={self.n_heads}; "

@@ -129,10 +129,12 @@ def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """GPT-J's rotary embedding: interleaved pairs of the first R dimensions turn, the rest pass through."""
     sin, cos = table
     dims = 2 * sin.shape[-1]
-    pairs = x_BTNH[..., :dims].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], dims // 2, 2)
+    # With the sharding said: that of a reshape is ambiguous where an axis is of one element (batch 1, one pair).
+    pairs = x_BTNH[..., :dims].astype(jnp.float32)
+    pairs = pairs.reshape(*x_BTNH.shape[:-1], dims // 2, 2, out_sharding=spec("batch seq heads _ _"))
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    turned = turned.reshape(*x_BTNH.shape[:-1], dims).astype(x_BTNH.dtype)
+    turned = turned.reshape(*x_BTNH.shape[:-1], dims, out_sharding=spec("batch seq heads _")).astype(x_BTNH.dtype)
     return turned if dims == x_BTNH.shape[-1] else jnp.concatenate([turned, x_BTNH[..., dims:]], axis=-1)
 
 

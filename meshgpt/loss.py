@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from meshgpt.axes import spec
 from meshgpt.decoder import Head
+from meshgpt.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -32,6 +33,13 @@ class NextToken:
 
     z_loss: float = 0.0
     chunk_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0 or self.chunk_tokens < 1:
+            raise UserError(
+                f"objective.z_loss={self.z_loss}, objective.chunk_tokens={self.chunk_tokens}: "
+                "the first must not be negative, the second at least 1"
+            )
 
 
 class _Gradients(NamedTuple):

@@ -29,6 +29,9 @@ class Cosine:
     final: float = 0.1
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_decay(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -36,6 +39,14 @@ class Linear:
 
     final: float = 0.0
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+
+
+def _check_decay(schedule: Cosine | Linear) -> None:
+    if schedule.final < 0 or (schedule.steps is not None and schedule.steps < 1):
+        raise UserError(f"{schedule}: give final=0 or more, and at least one step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,10 @@ class Piecewise:
     pieces: tuple[Piece, ...]
     start: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            raise UserError("a piecewise schedule of no pieces: give at least one")
+
 
 Schedule: TypeAlias = Cosine | Linear | Constant | InverseSqrt | Piecewise
 
@@ -94,11 +109,18 @@ class AdamW:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.peak_lr <= 0 or self.warmup_steps < 0 or self.clip_norm < 0:
-            raise UserError(
-                f"optim.peak_lr={self.peak_lr}, optim.warmup_steps={self.warmup_steps}, "
-                f"optim.clip_norm={self.clip_norm}: the first must be positive, the others not negative"
-            )
+        limits = {
+            "peak_lr": (self.peak_lr > 0, "above 0"),
+            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+            "b1": (0 <= self.b1 < 1, "in [0, 1)"),
+            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
+            "eps": (self.eps > 0, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "clip_norm": (self.clip_norm >= 0, "0 (never clip) or more"),
+        }
+        for name, (holds, wanted) in limits.items():
+            if not holds:
+                raise UserError(f"optim.{name}={getattr(self, name)}: give a number {wanted}")
 
     def direction(self) -> optax.GradientTransformation:
         """The update's direction, before the learning rate."""

@@ -82,7 +82,8 @@ def test_rotary_embedding_equals_transformers(head: int, dims: int) -> None:
     table = modeling_gptj.create_sinusoidal_positions(2048, dims)[torch.from_numpy(positions)]
     sin, cos = table.chunk(2, dim=-1)
     turned = modeling_gptj.apply_rotary_pos_emb(torch.from_numpy(x[..., :dims]), sin, cos).numpy()
-    ours = layers.rotate(jnp.asarray(x), layers.rotary_table(jnp.asarray(positions), dims))
+    with jax.set_mesh(tiny.mesh()):
+        ours = layers.rotate(jax.device_put(x, spec("batch seq heads _")), layers.rotary_table(jnp.asarray(positions), dims))
     np.testing.assert_allclose(ours[..., :dims], turned, atol=2e-4)  # at position 2000 an ulp of the angle is 1e-4
     np.testing.assert_array_equal(ours[..., dims:], x[..., dims:])
 
@@ -96,8 +97,9 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
 
         return (turn(q, at) * turn(k, seen)).sum()
 
-    np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
-    assert abs(score(9, 4) - score(4, 9)) > 1e-2
+    with jax.set_mesh(tiny.mesh()):
+        np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
+        assert abs(score(9, 4) - score(4, 9)) > 1e-2
 
 
 def test_attention_equals_pytorch_under_any_mask() -> None:
