@@ -172,7 +172,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps whose save was completed, ascending; their files are not read."""
-        return _completed(self._folder)
+        return completed_steps(self._folder)
 
     def wait(self) -> None:
         """Returns when the last save is complete, digests included. Raises what went wrong with it, once."""
@@ -213,7 +213,7 @@ class Checkpointer:
 
     def _delete_old(self, step: int) -> None:
         """Deletes the steps before `step` that need not be kept. Damaged ones never count as kept."""
-        good = [s for s in _completed(self._folder) if s <= step and s not in self._damaged]
+        good = [s for s in completed_steps(self._folder) if s <= step and s not in self._damaged]
         kept = set(good[-self._config.keep :])
         if self._config.keep_every is not None:
             kept |= {s for s in good if s % self._config.keep_every == 0}
@@ -282,7 +282,8 @@ def _present(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
-def _completed(folder: Path) -> list[int]:
+def completed_steps(folder: Path) -> list[int]:
+    """Steps whose save in `folder` was completed, ascending; their files are not read."""
     paths = {step: folder / str(step) for step in _present(folder)}
     return [step for step, path in paths.items() if path.is_dir() and digests.manifest_path(path).is_file()]
 

@@ -1,7 +1,10 @@
 """The one exception for the user's own mistakes, and how a command ends on it."""
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -12,9 +15,10 @@ class UserError(Exception):
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs `command`; 0, or 2 after printing a UserError, or 130 after Ctrl-C, without a traceback."""
+    """Runs `command`; 0, or 2 after printing a UserError, or 130 after Ctrl-C or SIGTERM, without a traceback."""
     try:
-        command()
+        with _sigterm_as_ctrl_c():
+            command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -22,5 +26,22 @@ def exit_code(command: Callable[[], None]) -> int:
         print("\ninterrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 141  # the reader of our output has gone, as in `meshgpt ... | head`
+        # The reader of our output has gone, as in `meshgpt ... | head`; Python's own last flush must not say so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Lets SIGTERM unwind the program as Ctrl-C does, so that what is under way is put away in order."""
+
+    def interrupt(number: int, frame: object) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

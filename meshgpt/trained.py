@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from meshgpt import hf
-from meshgpt.checkpoint import latest_step, restore_params
+from meshgpt import digests, hf
+from meshgpt.checkpoint import completed_steps, latest_step, restore_params
 from meshgpt.errors import UserError
 from meshgpt.models import Model
 from meshgpt.precision import Precision
@@ -49,8 +49,19 @@ def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], N
     # Parameters are read in the dtype they were trained in; only the computation follows `precision`.
     policy = dataclasses.replace(precision, params=run.precision.params)
     model = Model(config=run.model, execution=run.execution, precision=policy)
-    found = latest_step(folder.checkpoints, report) if step is None else step
+    found = latest_step(folder.checkpoints, report) if step is None else _intact(folder, step)
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint yet: train for some steps first")
     params = restore_params(folder.checkpoints, found, model.abstract_params())
     return Trained(model=model, params=params, tokenizer=load_tokenizer(folder.tokenizer), step=found)
+
+
+def _intact(folder: RunFolder, step: int) -> int:
+    kept = completed_steps(folder.checkpoints)
+    if step not in kept:
+        raise UserError(f"--step {step}: {folder.path} keeps the checkpoints of steps {kept}")
+    try:
+        digests.verify(folder.checkpoints / str(step))
+    except digests.DamagedError as damage:
+        raise UserError(f"--step {step}: that checkpoint of {folder.path} cannot be used: {damage}") from damage
+    return step

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from meshgpt import trees
 from meshgpt.errors import UserError
@@ -33,7 +33,8 @@ def place(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.
       tensors: those of `config`, no more and no less (`fitting`).
       config: the architecture; its padded vocabulary is the one of `abstract`.
       abstract: the parameter tree as `jax.ShapeDtypeStruct` (arrays serve as well) with the dtype of every parameter,
-        to which the source is cast, and its `NamedSharding`, which leaves the axis of layers whole.
+        to which the source is cast, and its `NamedSharding`, which leaves the axis of layers whole. Where that is over
+        an abstract mesh, the mesh that is set takes its place.
 
     Raises:
       UserError: naming the first tensor that holds a value that is not finite, in the file or once cast.
@@ -77,7 +78,7 @@ def _check_tied(tensors: Tensors) -> None:
     """A tied model may carry its head as a copy of the embedding; a head that differs is another model."""
     head, table = tensors.entries["lm_head.weight"], tensors.entries.get("transformer.wte.weight")
     same = table is not None and (head.code, head.shape) == (table.code, table.shape) and head.code in safetensor.DTYPES
-    if table is None or not same or not np.array_equal(head.map().view(np.uint8), table.map().view(np.uint8)):
+    if table is None or not same or not np.array_equal(head.map(), table.map()):
         raise UserError(
             f"{tensors.origin}: lm_head.weight differs from the embedding, yet the configuration ties them; "
             'if the head is its own, set "tie_word_embeddings": false in config.json'
@@ -87,6 +88,8 @@ def _check_tied(tensors: Tensors) -> None:
 def _place(tensors: Tensors, holders: list[Stored], path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding), f"{path} has no place on a mesh: {sharding}"
+    if isinstance(sharding.mesh, AbstractMesh):  # as `jax.eval_shape` leaves it
+        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
     if holders[0].layer is None:
         return _read(tensors, holders[0], path, leaf.shape, sharding, leaf.dtype)
     assert not sharding.spec or sharding.spec[0] is None, f"layers are sharded: {sharding.spec}"
