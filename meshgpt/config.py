@@ -64,6 +64,8 @@ class Run:
     """At most so many batches an evaluation; 0 takes the whole held-out text."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides the console and metrics.jsonl: `tensorboard/` in the run's folder, Weights & Biases."""
     max_bad_steps: int = 20
     """Stop after so many steps in a row whose loss or gradient is not finite."""
     checkpointing: Checkpointing = Checkpointing()
@@ -103,6 +105,7 @@ class Run:
 # themselves are compared by their digest (`train.start_state`), so that a store may be moved.
 RESUMABLE = (
     *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps"),
+    "sinks",
     *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
 )
 

@@ -7,15 +7,16 @@ from typing import TypeAlias
 
 import jax
 from flax import nnx
+from jax.sharding import AxisType
 
-from meshgpt.axes import MeshShape
+from meshgpt.axes import AXES, MeshShape
 from meshgpt.decoder import Decoder
 from meshgpt.errors import UserError
 from meshgpt.gpt2 import GPT2, GPT2Config
 from meshgpt.gptj import GPTJ, GPTJConfig
 from meshgpt.layers import Execution
 from meshgpt.precision import Precision
-from meshgpt.trees import Tree
+from meshgpt.trees import Tree, leaves_with_names
 
 ModelConfig: TypeAlias = GPT2Config | GPTJConfig
 
@@ -46,6 +47,14 @@ class Model:
         if isinstance(self.config, GPTJConfig):
             return GPTJ(self.config, self.execution, rngs=rngs, **dtypes)
         return GPT2(self.config, self.execution, rngs=rngs, **dtypes)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a model's parameters, for `scaling`; touches no device, so it is free beside a run in progress."""
+    model = Model(config=config, precision=Precision(compute="float32"))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * 3)):
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return {name: leaf.shape for name, leaf in leaves_with_names(params)}
 
 
 @functools.lru_cache(maxsize=16)

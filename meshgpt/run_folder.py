@@ -31,6 +31,8 @@ class RunFolder:
         self.record = path / "run.json"
         self._scratch = path / "run.json.tmp"
         self.metrics = path / "metrics.jsonl"
+        self.sessions = path / "sessions.json"
+        self.evals = path / "evals"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples.txt"
         self.plot = path / "loss.png"

@@ -1,8 +1,9 @@
-"""Where the figures of a run go: the terminal, a file of JSON lines, TensorBoard, or several of these.
+"""Where the figures of a run go: the terminal, a file of JSON lines, or several of these and those of `sinks`.
 
 Keys of `metrics` that the trackers know (any other is written too): `tokens` (seen since step 0), `loss` and `val_loss`
 (nats a token), `val_bits_per_byte`, `gzip_bits_per_byte` (what `gzip -9` needs for the same text), `grad_norm`,
-`learning_rate`, `tokens_per_second`, `mfu` (model FLOPs utilisation, 0 to 1), `skipped_steps`.
+`learning_rate`, `tokens_per_second`, `mfu` (model FLOPs utilisation, 0 to 1), `skipped_steps`; and of evaluations in
+the loop `val/<store>/loss` and `eval/<task>/<metric>` (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from meshgpt.errors import UserError
-
-if TYPE_CHECKING:  # rich takes a tenth of a second to import, TensorBoard more
+if TYPE_CHECKING:  # rich takes a tenth of a second to import
     from rich.console import Console as RichConsole
     from rich.progress import Progress
 
@@ -153,29 +152,6 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-class TensorBoard:
-    """Writes scalars for TensorBoard, against steps, without TensorFlow (needs the extra `tensorboard`)."""
-
-    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
-        """Writes into `folder`; TensorBoard hides what an earlier run wrote there after `resume_step`."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise UserError("TensorBoard logs need a package: pip install 'meshgpt[tensorboard]'") from error
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def message(self, text: str) -> None:
-        """Does nothing: TensorBoard holds figures only."""
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
 from meshgpt.models import Model, check_divisibility
 from meshgpt.run_folder import RunFolder
+from meshgpt.sessions import Session
+from meshgpt.sinks import open_sinks
 from meshgpt.step import Metrics, TrainState, init_state, make_eval_step, make_train_step, next_token_loss
 from meshgpt.tokenizer import Tokenizer
 from meshgpt.tracker import Console, JsonLines, Several, progress_bar
@@ -161,9 +163,7 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
     return TrainState(**checkpoints.restore(step, loop.abstract().items()))
 
 
-def run_steps(
-    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer
-) -> tuple[TrainState, bool]:
+def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer) -> tuple[TrainState, bool]:
     """Trains to the last step; True where a signal stopped it before."""
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
@@ -220,6 +220,13 @@ class Figures:
         shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
         self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
+        self._facts = {
+            "devices": len(self._kinds),
+            "device_kind": self._kinds[0],
+            "processes": jax.process_count(),
+            "parameters": scaling.count_parameters(shapes, loop.run.model.vocab_size).total,
+            "flops_per_token": self._flops,
+        }
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
         self.bad_in_a_row = 0
@@ -227,8 +234,10 @@ class Figures:
     @contextmanager
     def open(self) -> Iterator[None]:
         if jax.process_index() == 0:
+            sinks = open_sinks(self._run.sinks, self._folder.path, to_json(self._run), self._first)
             lines = JsonLines(self._folder.metrics, self._first)
-            self._tracker = Several([Console(self._run.steps, self._first), lines])
+            session = Session(self._folder.sessions, self._first, self._facts)
+            self._tracker = Several([Console(self._run.steps, self._first), lines, session, *sinks])
         try:
             yield
         finally:

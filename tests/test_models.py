@@ -16,7 +16,7 @@ from meshgpt.axes import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.gpt2 import GPT2Config
 from meshgpt.gptj import GPTJConfig
-from meshgpt.models import Model, ModelConfig, check_divisibility
+from meshgpt.models import Model, ModelConfig, check_divisibility, parameter_shapes
 from meshgpt.precision import Precision
 
 ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -48,6 +48,13 @@ def _has(config: ModelConfig, gpt2: str, gptj: str) -> bool:
     if isinstance(config, GPTJConfig):
         return gptj == "yes"
     return gpt2 == "yes" or (gpt2 == "untied only" and not config.tied_head)
+
+
+@pytest.mark.parametrize("config", tiny.FAMILIES)
+def test_shapes_need_no_mesh_and_are_those_of_the_parameters(config: ModelConfig) -> None:
+    with jax.set_mesh(tiny.mesh(1, 2, 2)):
+        params = tiny.model(config).abstract_params()
+    assert parameter_shapes(config) == {name: leaf.shape for name, leaf in trees.leaves_with_names(params)}
 
 
 def test_initialisation_does_not_depend_on_the_mesh() -> None:

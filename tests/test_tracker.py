@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from meshgpt.errors import UserError
-from meshgpt.tracker import Console, JsonLines, Several, TensorBoard, amount, duration, progress_bar, read_json_lines
+from meshgpt.tracker import Console, JsonLines, Several, amount, duration, progress_bar, read_json_lines
 
 METRICS = {"tokens": 4096, "loss": 3.25, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens_per_second": 12_345.0}
 
@@ -207,21 +206,6 @@ def test_several_reaches_every_tracker_in_order(tmp_path):
     tracker.close()
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text() != ""
     assert out.getvalue().endswith("hello\n")
-
-
-def test_tensorboard_events_hold_the_figures(tmp_path):
-    tracker = TensorBoard(tmp_path)
-    tracker.log(1, METRICS)
-    tracker.close()
-    (events,) = tmp_path.glob("events.out.tfevents.*")
-    for name in METRICS:
-        assert name.encode() in events.read_bytes()
-
-
-def test_tensorboard_missing_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match=r"pip install 'meshgpt\[tensorboard\]'"):
-        TensorBoard(tmp_path)
 
 
 def test_importing_the_tracker_brings_neither_jax_nor_rich():
