@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from meshgpt.axes import MeshShape
 from meshgpt.checkpoint import Checkpointing
+from meshgpt.data.mixture import Stage, check_stages
 from meshgpt.data.prepare import Prepare
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution
 from meshgpt.loss import NextToken
 from meshgpt.models import GPT2Config, GPTJConfig
-from meshgpt.optim import AdamW
+from meshgpt.optim import AdamW, Optimizer
 from meshgpt.precision import Precision
 
 
@@ -24,6 +25,15 @@ class Data:
     """A folder made by `meshgpt prepare`. Where it is empty, `prepare` says what to make first."""
     prepare: Prepare | None = None
     """What to make; its `out` may be empty, and is then `data` in the run's folder."""
+    mixture: tuple[Stage, ...] = ()
+    """Several stores, by weight or token budget, one stage after another; takes the place of `store` and `prepare`."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """All documents end to end, cut every seq_len tokens; or whole documents side by side (`meshgpt data pack`)."""
+
+    def __post_init__(self) -> None:
+        if self.mixture and (self.store or self.prepare):
+            raise UserError("data.mixture takes the place of data.store and data.prepare: give one of them")
+        check_stages(self.mixture)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,7 @@ class Run:
     """Microbatches that a step is cut into."""
     seed: int = 0
     """Of the parameters, the order of the text, dropout and the samples."""
-    optim: AdamW = AdamW()
+    optim: Optimizer = AdamW()
     objective: NextToken = NextToken()
     precision: Precision = Precision()
     execution: Execution = Execution()
@@ -107,6 +117,7 @@ RESUMABLE = (
     *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps"),
     "sinks",
     *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
+    "data.prepare.overwrite",
 )
 
 

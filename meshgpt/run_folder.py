@@ -38,6 +38,7 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.export = path / "export"
         self.data = path / "data"
+        self.ledger = path / "data.json"
         self.tokenizer = path / "tokenizer"
 
     def read_run(self) -> Run:

@@ -23,18 +23,15 @@ from meshgpt import recipe, runtime, scaling
 from meshgpt.axes import make_mesh
 from meshgpt.checkpoint import Checkpointer
 from meshgpt.config import Run, to_json
-from meshgpt.data.pipeline import Batches, EvalBatches, Sequences
-from meshgpt.data.prepare import prepare
-from meshgpt.data.store import Split, Store
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
 from meshgpt.models import Model, check_divisibility
+from meshgpt.run_data import RunData, open_run_data
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
 from meshgpt.step import Metrics, TrainState, init_state, make_eval_step, make_train_step, next_token_loss
-from meshgpt.tokenizer import Tokenizer
-from meshgpt.tracker import Console, JsonLines, Several, progress_bar
+from meshgpt.tracker import Console, JsonLines, Several
 from meshgpt.trees import Tree, leaves_with_names
 from meshgpt.wrap_up import check_samples, finish
 
@@ -49,12 +46,13 @@ def train(run: Run, command: str = "") -> None:
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say = _say if jax.process_index() == 0 else _silent
     with folder.claimed(run, command, say), jax.set_mesh(mesh):
-        store = open_store(run, folder)
-        tokenizer = check_vocabulary(store, run)
+        data = open_run_data(run, folder)
+        tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
         if jax.process_index() == 0:
             tokenizer.save(folder.tokenizer)
-        loop = Loop.build(run, mesh, store)
+            data.write_ledger(folder.ledger)
+        loop = Loop.build(run, mesh, data)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
             state = start_state(loop, checkpoints, say)
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
@@ -66,34 +64,9 @@ def train(run: Run, command: str = "") -> None:
         if stopped:
             say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
             return
-        finish(run, folder, loop.model, state.params, tokenizer, store, say)
+        finish(run, folder, loop.model, state.params, tokenizer, data.first_store, say)
         if jax.process_index() == 0:
             folder.mark_finished(step)
-
-
-def open_store(run: Run, folder: RunFolder) -> Store:
-    """The run's token store, prepared first where the recipe says how."""
-    if run.data.store:
-        return Store.open(run.data.store)
-    if run.data.prepare is None:
-        raise UserError("no data: give --data.store FOLDER, made by `meshgpt prepare`, or a recipe with data.prepare")
-    request = run.data.prepare
-    request = request if request.out else dataclasses.replace(request, out=str(folder.data))
-    try:
-        with progress_bar() as report:
-            return prepare(request, report)
-    except UserError as error:  # it names the flags of `meshgpt prepare`, which are longer here
-        raise UserError(re.sub(r"(?<!\S)--(?=[a-z])", "--data.prepare.", str(error))) from error
-
-
-def check_vocabulary(store: Store, run: Run) -> Tokenizer:
-    """The store's tokenizer, if the model can take all of its ids."""
-    if store.vocab_size > run.model.vocab_size:
-        raise UserError(
-            f"the store {store.folder} has {store.vocab_size} token ids and the model {run.model.vocab_size}: "
-            f"give --model.vocab-size {store.vocab_size}"
-        )
-    return store.tokenizer()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,30 +77,23 @@ class Loop:
     mesh: jax.sharding.Mesh
     model: Model
     metadata: dict[str, Any]  # kept beside each checkpoint
-    batches: Batches
-    validation: EvalBatches | None
-    val: Split
+    data: RunData
     train_step: Callable[..., tuple[TrainState, Metrics]]
     eval_step: Callable[..., tuple[jax.Array, jax.Array]]
 
     @staticmethod
-    def build(run: Run, mesh: jax.sharding.Mesh, store: Store) -> "Loop":
+    def build(run: Run, mesh: jax.sharding.Mesh, data: RunData) -> "Loop":
         model = Model(config=run.model, execution=run.execution, precision=run.precision)
         loss = next_token_loss(model, run.objective)
         exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0))
         dropout = jax.random.fold_in(jax.random.key(run.seed), 1) if _drops(run) else None
         step = make_train_step(loss, run.optim, run.steps, dropout)
-        sequences = Sequences(store.split("train"), run.sequence_length)
-        val, micro = store.split("val"), run.global_batch // run.accumulate
-        validation = EvalBatches(split=val, seq_len=run.sequence_length, global_batch=micro) if val.num_tokens else None
         return Loop(
             run=run,
             mesh=mesh,
             model=model,
-            metadata={"run": to_json(run), "store": store.digest},
-            batches=Batches(sequences=sequences, seed=run.seed, global_batch=run.global_batch),
-            validation=validation,
-            val=val,
+            metadata={"run": to_json(run), "data": data.record()},
+            data=data,
             train_step=jax.jit(step, donate_argnums=0),
             eval_step=jax.jit(make_eval_step(exact)),
         )
@@ -154,11 +120,7 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
         return loop.fresh()
     if step > loop.run.steps:
         raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
-    if checkpoints.metadata(step).get("store") != loop.metadata["store"]:
-        raise UserError(
-            f"the run is at step {step}, and the tokens of its store are other ones now: give the store it was trained "
-            "on with --data.store, or another --run-dir, or --resume never to start afresh (the old run is set aside)"
-        )
+    loop.data.check_unchanged(checkpoints.metadata(step).get("data", []), f"step {step:,}")
     say(f"resuming from step {step:,}")
     return TrainState(**checkpoints.restore(step, loop.abstract().items()))
 
@@ -167,15 +129,16 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
     """Trains to the last step; True where a signal stopped it before."""
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
-    weights = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
+    all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
     figures = Figures(loop, folder, first)
-    batches = loop.batches.iterate(first, run.steps, feed.rows)
+    batches = loop.data.batches.iterate(first, run.steps, feed.rows)
     with stop_requests() as stop, figures.open():
-        for step, rows in enumerate(batches, start=first + 1):
-            state, metrics = loop.train_step(state, feed.place(rows), weights)
+        for step, (tokens, weights) in enumerate(batches, start=first + 1):
+            weights = all_count if weights is None else feed.place(weights)
+            state, metrics = loop.train_step(state, feed.place(tokens), weights)
             figures.add(step, metrics)
             last = step == run.steps
-            if loop.validation is not None and (last or step % run.eval_every == 0):
+            if loop.data.validation is not None and (last or step % run.eval_every == 0):
                 with figures.evaluating(step) as log:
                     log(evaluate(loop, state.params))
             if step % run.checkpointing.every == 0 and not last:
@@ -195,19 +158,20 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
 
 def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
     """Validation loss in nats a token and bits per byte, over every token of the held-out text (or `eval_batches`)."""
-    assert loop.validation is not None
-    feed = Feed(loop.mesh, 1, loop.validation.global_batch)
-    count = len(loop.validation)
+    validation = loop.data.validation
+    assert validation is not None
+    feed = Feed(loop.mesh, 1, validation.global_batch)
+    count = len(validation)
     count = min(count, loop.run.eval_batches) if loop.run.eval_batches else count
     sums = []
     for batch in range(count):
-        tokens, weights = (feed.place(part)[0] for part in loop.validation.rows(batch, feed.rows))
+        tokens, weights = (feed.place(part)[0] for part in validation.rows(batch, feed.rows))
         sums.append(loop.eval_step(params, tokens, weights))
     nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
     loss = nats / tokens
-    figures = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * loop.val.num_tokens / loop.val.num_bytes}
-    if loop.val.gzip_bytes:
-        figures["gzip_bits_per_byte"] = 8 * loop.val.gzip_bytes / loop.val.num_bytes
+    figures = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * validation.num_tokens / validation.num_bytes}
+    if validation.gzip_bits_per_byte is not None:
+        figures["gzip_bits_per_byte"] = validation.gzip_bits_per_byte
     return figures
 
 

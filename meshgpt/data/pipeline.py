@@ -1,8 +1,9 @@
-"""Token stores to batches, by random access only.
+"""Records to batches, by random access only.
 
-Sequence i of a run is a function of (seed, i), and batch s is sequences [s G, (s + 1) G) for a global batch of G. So
-the state of the pipeline is the step number, and neither processes, mesh, accumulation nor prefetching change what a
-step sees.
+Sequence i of a run is a function of (seed, i): `mixture.Schedule` says which source it comes from and which of that
+source's sequences it is, `Permutation` which record that is, another shuffle each epoch. Batch s is sequences
+[s G, (s + 1) G) for a global batch of G. So the state of the pipeline is the step number, and neither processes, mesh,
+accumulation nor prefetching change what a step sees.
 
 Shapes: T sequence length, n rows that one process asks for.
 """
@@ -11,59 +12,38 @@ import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import numpy as np
 
+from meshgpt.data.mixture import Schedule
+from meshgpt.data.permutation import Permutation
+from meshgpt.data.records import Records
 from meshgpt.data.store import Split
 from meshgpt.errors import UserError
-
-if TYPE_CHECKING:
-    import grain
 
 PREFETCH_BATCHES = 4
 READ_THREADS = 2
 
-
-class Sequences:
-    """A split cut into records of T + 1 tokens with stride T: inputs are the first T, targets the last T.
-
-    Raises:
-        UserError: the split is shorter than one record.
-    """
-
-    def __init__(self, split: Split, seq_len: int):
-        if seq_len < 1:
-            raise UserError(f"seq_len {seq_len} must be at least 1")
-        if split.num_tokens < seq_len + 1:
-            raise UserError(
-                f"the {split.name} split has {split.num_tokens} tokens, fewer than one sequence of seq_len {seq_len} "
-                "(and its target) needs: lower --seq-len or prepare more text"
-            )
-        self.split = split
-        self.seq_len = seq_len
-
-    def __len__(self) -> int:
-        return (self.split.num_tokens - 1) // self.seq_len
-
-    def __getitem__(self, record: int) -> np.ndarray:
-        """Record `record`, (T + 1,), in the store's dtype."""
-        start = record * self.seq_len
-        return self.split.tokens(start, start + self.seq_len + 1)
+# Rows of a batch: tokens (n, T + 1) int32, and the weights (n, T) float32 of the targets, None where all of them are 1.
+Rows = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The batches of a run: every epoch is another shuffle of all sequences.
+    """The batches of a run.
 
     Attributes:
-        sequences: what to draw from.
+        sources: what to draw from.
+        names: of the sources; each chooses, with the seed, the order within its source.
+        schedule: which source every sequence comes from.
         seed: chooses the order.
         global_batch: sequences in a step, over all processes and accumulation steps.
     """
 
-    sequences: Sequences
+    sources: tuple[Records, ...]
+    names: tuple[str, ...]
+    schedule: Schedule
     seed: int
     global_batch: int
 
@@ -71,36 +51,67 @@ class Batches:
         if self.global_batch < 1:
             raise UserError(f"global_batch {self.global_batch} must be at least 1")
 
-    @cached_property
-    def _order(self) -> "grain.MapDataset[int]":
-        import grain
+    @property
+    def seq_len(self) -> int:
+        return self.sources[0].seq_len
 
-        # grain shuffles epoch e with seed + e; hashed, the epochs of neighbouring seeds have nothing in common.
-        digest = hashlib.sha256(f"meshgpt order {self.seed}".encode()).digest()
-        records = grain.MapDataset.range(len(self.sequences))
-        return records.shuffle(seed=int.from_bytes(digest[:4], "little")).repeat()
+    def locate(self, sequence_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, record of that source) of sequences of the run, all (n,) int64."""
+        source_n, nth_n = self.schedule.locate(sequence_n)
+        record_n = np.empty_like(nth_n)
+        for source in np.unique(source_n):
+            chosen = source_n == source
+            epochs, places = np.divmod(nth_n[chosen], len(self.sources[source]))
+            records = np.empty_like(places)
+            for epoch in np.unique(epochs):
+                records[epochs == epoch] = self._shuffle(int(source), int(epoch))(places[epochs == epoch])
+            record_n[chosen] = records
+        return source_n, record_n
 
-    def record(self, sequence: int) -> int:
-        """Which record of `sequences` is sequence number `sequence` of the run."""
-        record = self._order[sequence]
-        assert record is not None  # grain's None marks a filtered element; nothing filters here
-        return record
+    def sequences_with(self, source: int, record: int, stop: int) -> list[int]:
+        """Which of the first `stop` sequences of the run are a record of a source."""
+        found = []
+        epoch = 0
+        while True:
+            place = int(self._shuffle(source, epoch).inverse(np.array([record]))[0])
+            sequence = self.schedule.find(source, epoch * len(self.sources[source]) + place)
+            if sequence is not None and sequence < stop:
+                found.append(sequence)
+            begins = self.schedule.find(source, epoch * len(self.sources[source]))
+            if begins is None or begins >= stop:
+                return found
+            epoch += 1
 
-    def rows(self, step: int, row_indices: Sequence[int]) -> np.ndarray:
-        """Rows of a step's batch, (n, T + 1) int32.
+    def rows(self, step: int, row_indices: Sequence[int]) -> Rows:
+        """Rows of a step's batch.
 
         Args:
             step: from 0.
             row_indices: n numbers in [0, global_batch): the rows that this process holds.
         """
-        rows = np.empty((len(row_indices), self.sequences.seq_len + 1), np.int32)
-        for i, row in enumerate(row_indices):
-            if not 0 <= row < self.global_batch:
-                raise IndexError(f"row {row} of a batch of {self.global_batch}")
-            rows[i] = self.sequences[self.record(step * self.global_batch + int(row))]
-        return rows
+        indices = np.asarray(row_indices, np.int64)
+        outside = indices[(indices < 0) | (indices >= self.global_batch)]
+        if outside.size:
+            raise IndexError(f"row {outside[0]} of a batch of {self.global_batch}")
+        source_n, record_n = self.locate(step * self.global_batch + indices)
+        tokens = np.empty((len(indices), self.seq_len + 1), np.int32)
+        counted = np.empty(len(indices), np.int64)
+        for i, (source, record) in enumerate(zip(source_n.tolist(), record_n.tolist(), strict=True)):
+            counted[i] = self.sources[source].read(record, tokens[i])
+        if (counted == self.seq_len).all():
+            return tokens, None
+        return tokens, (np.arange(self.seq_len)[None] < counted[:, None]).astype(np.float32)
 
-    def iterate(self, start_step: int, stop_step: int, row_indices: Sequence[int]) -> Generator[np.ndarray, None, None]:
+    def digest(self, step: int) -> str:
+        """sha256 (hexadecimal) of a step's whole batch: its tokens row by row, little-endian int32, then its weights,
+        little-endian float32."""
+        tokens, weights = self.rows(step, range(self.global_batch))
+        weights = np.ones((len(tokens), self.seq_len), np.float32) if weights is None else weights
+        digest = hashlib.sha256(tokens.astype("<i4").tobytes())
+        digest.update(weights.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def iterate(self, start_step: int, stop_step: int, row_indices: Sequence[int]) -> Generator[Rows, None, None]:
         """`rows` of steps [start_step, stop_step), read ahead by background threads, which `close` ends."""
         import grain
 
@@ -110,43 +121,77 @@ class Batches:
         with closing(iter(batches.to_iter_dataset(options))) as iterator:
             yield from iterator
 
+    def _shuffle(self, source: int, epoch: int) -> Permutation:
+        key = f"meshgpt order {self.seed} {self.names[source]} {epoch}"
+        return _permutation(len(self.sources[source]), key)
+
+
+@lru_cache(maxsize=1024)
+def _permutation(size: int, key: str) -> Permutation:
+    return Permutation(size, key)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalBatches:
-    """A split in order, every one of its tokens a target exactly once.
+    """Held-out splits end to end, in order, every one of their tokens a target exactly once.
 
-    The first token is predicted from an end-of-text token put before it. What the last batch has beyond the split's
-    end has weight 0.
+    The first token is predicted from an end-of-text token put before it. What the last batch has beyond the end has
+    weight 0.
 
     Attributes:
-        split: what to evaluate on.
+        splits: what to evaluate on, one for each store.
         seq_len: T.
         global_batch: sequences in a batch, over all processes.
     """
 
-    split: Split
+    splits: tuple[Split, ...]
     seq_len: int
     global_batch: int
 
     def __post_init__(self) -> None:
-        if self.split.num_tokens == 0:
-            raise UserError(f"the {self.split.name} split is empty: prepare it with a larger --val-fraction")
+        if self.num_tokens == 0:
+            names = ", ".join(str(split.folder) for split in self.splits)
+            raise UserError(f"the held-out text of {names} is empty: prepare it with a larger --val-fraction")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(split.num_tokens for split in self.splits)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the text as UTF-8."""
+        return sum(split.num_bytes for split in self.splits)
+
+    @property
+    def gzip_bits_per_byte(self) -> float | None:
+        """What ``gzip -9`` needs, where it was measured for every split."""
+        splits = [split for split in self.splits if split.num_bytes]
+        bits = [split.gzip_bits_per_byte for split in splits]
+        total = sum(each * split.num_bytes for each, split in zip(bits, splits, strict=True) if each is not None)
+        return None if None in bits else total / self.num_bytes
 
     def __len__(self) -> int:
         """How many batches."""
-        return -(-self.split.num_tokens // (self.seq_len * self.global_batch))
+        return -(-self.num_tokens // (self.seq_len * self.global_batch))
 
     def rows(self, batch: int, row_indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n, T + 1) int32 and weights (n, T) float32 of the targets, for rows in [0, global_batch)."""
-        tokens = np.full((len(row_indices), self.seq_len + 1), self.split.eot_id, np.int32)
+        tokens = np.full((len(row_indices), self.seq_len + 1), self.splits[0].eot_id, np.int32)
         weights = np.zeros((len(row_indices), self.seq_len), np.float32)
         for i, row in enumerate(row_indices):
             first = (batch * self.global_batch + int(row)) * self.seq_len  # the first target
-            stop = min(first + self.seq_len, self.split.num_tokens)
+            stop = min(first + self.seq_len, self.num_tokens)
             if first >= stop:
                 continue
-            if first > 0:
-                tokens[i, 0] = self.split.tokens(first - 1, first)[0]
-            tokens[i, 1 : 1 + stop - first] = self.split.tokens(first, stop)
+            before = max(0, first - 1)
+            tokens[i, 1 - (first - before) : 1 + stop - first] = self._tokens(before, stop)
             weights[i, : stop - first] = 1.0
         return tokens, weights
+
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
+        parts = []
+        for split in self.splits:
+            if start < split.num_tokens and stop > 0:
+                parts.append(split.tokens(max(0, start), min(stop, split.num_tokens)))
+            start, stop = start - split.num_tokens, stop - split.num_tokens
+        return np.concatenate(parts)

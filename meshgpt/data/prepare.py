@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.data.documents import Rules, documents
+from meshgpt.data.files import write_atomically
 from meshgpt.data.sources import SourceFile, check_unique, list_files, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.worker import WorkerPool, token_dtype
-from meshgpt.data.writer import StoreWriter, write_atomically
+from meshgpt.data.writer import StoreWriter
 from meshgpt.errors import UserError
 from meshgpt.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 
@@ -92,6 +93,17 @@ class Prepare:
     def rules(self) -> Rules:
         """How bytes become documents."""
         return Rules(field=self.field, on_invalid_utf8=self.on_invalid_utf8, val_fraction=self.val_fraction)
+
+
+class StoreDiffersError(UserError):
+    """A folder holds another store than the one asked for. difference: the first thing in which they differ."""
+
+    def __init__(self, out: Path, difference: str):
+        super().__init__(
+            f"{out} holds a store made differently ({difference}): "
+            "choose another --out, or pass --overwrite to replace it"
+        )
+        self.difference = difference
 
 
 def prepare(config: Prepare, progress: Progress) -> Store:
@@ -191,10 +203,7 @@ def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
             return
         different = [key for key in request if held.get(key) != request[key]]
         if not overwrite:
-            raise UserError(
-                f"{out} holds a store made differently ({_difference(different[0], held, request)}): "
-                "choose another --out, or pass --overwrite to replace it"
-            )
+            raise StoreDiffersError(out, _difference(different[0], held, request))
         for child in out.iterdir():
             if child.name != _LOCK:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -11,18 +11,19 @@ Layout of the folder:
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from meshgpt.data.files import file_sha256
 from meshgpt.data.worker import DOCUMENT, SPLITS
-from meshgpt.data.writer import file_sha256
 from meshgpt.errors import UserError
 from meshgpt.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "index.json"
+_OPEN_FILES = 256  # mapped at a time: each holds a file descriptor, and a corpus has thousands of shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +39,23 @@ class Split:
     """The tokens of one split, by position, whatever shard they lie in.
 
     Attributes:
+        folder: the store's.
         name: "train" or "val".
         num_tokens: with the end-of-text tokens.
         num_documents: documents.
         num_bytes: of their text as UTF-8.
-        gzip_bytes: what ``gzip -9`` makes of the text (val only, else None).
+        gzip_bytes: what ``gzip -9`` makes of the first
+        gzip_of: bytes of the text (val only, else None).
     """
 
     def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype, shard_tokens: int, eot_id: int):
+        self.folder = folder
         self.name = name
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
         self.num_bytes: int = entry["num_bytes"]
         self.gzip_bytes: int | None = entry.get("gzip_bytes")
+        self.gzip_of: int | None = entry.get("gzip_of")
         self.eot_id = eot_id
         self.shards = tuple(
             Shard(path=inside(folder, shard["file"]), num_tokens=shard["num_tokens"], sha256=shard["sha256"])
@@ -63,9 +68,6 @@ class Split:
         self._shard_tokens = shard_tokens
         for shard in self.shards:
             _check_size(shard.path, shard.num_tokens * dtype.itemsize)
-        self._maps: list[np.ndarray] = [
-            np.memmap(shard.path, dtype, "r", shape=(shard.num_tokens,)) for shard in self.shards
-        ]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), in the store's dtype, read-only where they lie in one shard.
@@ -80,9 +82,18 @@ class Split:
         first, offset = divmod(start, self._shard_tokens)
         last = (stop - 1) // self._shard_tokens
         if first == last:
-            return self._maps[first][offset : offset + stop - start]
-        pieces = [self._maps[first][offset:], *self._maps[first + 1 : last]]
-        return np.concatenate([*pieces, self._maps[last][: stop - last * self._shard_tokens]])
+            return self._map(first)[offset : offset + stop - start]
+        pieces = [self._map(first)[offset:], *(self._map(number) for number in range(first + 1, last))]
+        return np.concatenate([*pieces, self._map(last)[: stop - last * self._shard_tokens]])
+
+    def _map(self, number: int) -> np.ndarray:
+        shard = self.shards[number]
+        return _map_file(shard.path, self._dtype, shard.num_tokens)
+
+    @property
+    def gzip_bits_per_byte(self) -> float | None:
+        """What ``gzip -9`` needs for the text, or for the part of it that was tried."""
+        return 8 * self.gzip_bytes / self.gzip_of if self.gzip_bytes and self.gzip_of else None
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -212,6 +223,11 @@ def inside(folder: Path, name: str) -> Path:
     if not name or name in (".", "..") or Path(name).name != name:
         raise UserError(f"the index of {folder} names {name!r}, which is no plain file name: do not use this store")
     return folder / name
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _map_file(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r", shape=(size,)).view(np.ndarray)  # a plain view is quicker to slice
 
 
 def _check_size(path: Path, expected: int) -> None:
