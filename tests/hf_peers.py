@@ -47,6 +47,7 @@ def peer(config: hf.ModelConfig) -> transformers.PreTrainedModel:
         "n_head": config.n_heads,
         "n_embd": config.d_model,
         "n_inner": config.mlp_width,
+        "layer_norm_epsilon": config.layer_norm_eps,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,

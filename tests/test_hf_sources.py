@@ -67,6 +67,22 @@ def test_torch_file_of_before_1_6_is_read(gpt2_folder, tmp_path):
     assert_equal_trees(hf.load(tmp_path / "bin", GPT2_TINY, params), hf.load(gpt2_folder, GPT2_TINY, params))
 
 
+def reversed_(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.permute(*reversed(range(tensor.ndim)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_file_of_transposed_views_and_parameters_is_read(gpt2_folder, tmp_path, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(gpt2_folder).items()}
+    folder = as_torch(gpt2_folder, tmp_path / "bin")
+    views = {name: torch.nn.Parameter(reversed_(reversed_(tensor).contiguous())) for name, tensor in tensors.items()}
+    torch.save(views | {"lm_head.weight": views["transformer.wte.weight"]}, folder / "pytorch_model.bin")
+    params, _ = live(GPT2_TINY)
+    expected = as_torch(gpt2_folder, tmp_path / "plain")
+    torch.save(tensors, expected / "pytorch_model.bin")
+    assert_equal_trees(hf.load(folder, GPT2_TINY, params), hf.load(expected, GPT2_TINY, params))
+
+
 def test_sharded_safetensors_of_transformers_are_read(gpt2_folder, tmp_path):
     peer(GPT2_TINY).save_pretrained(tmp_path, max_shard_size="9KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2

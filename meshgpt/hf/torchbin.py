@@ -95,7 +95,7 @@ def _code(tensor: "torch.Tensor") -> str:
 
 
 def _numpy(tensor: "torch.Tensor") -> np.ndarray:
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach()
     if _code(tensor) == "BF16":  # which NumPy does not know by itself
         import torch
 
