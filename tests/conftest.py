@@ -3,9 +3,14 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    import runs
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -24,3 +29,33 @@ def on_mesh() -> Callable[[int, int, int], AbstractContextManager]:
         return jax.set_mesh(make_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor), devices))
 
     return enter
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> "runs.Workshop":
+    import runs
+
+    return runs.make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def here(workshop: "runs.Workshop", capsys: pytest.CaptureFixture[str]) -> "runs.Here":
+    import runs
+
+    return runs.Here(workshop, capsys)
+
+
+@pytest.fixture(scope="session")
+def finished(workshop: "runs.Workshop") -> Path:
+    """A finished GPT-J run. Not to be changed."""
+    import runs
+
+    return runs.make_finished(workshop, "gptj")
+
+
+@pytest.fixture(scope="session")
+def finished_gpt2(workshop: "runs.Workshop") -> Path:
+    """A finished GPT-2 run. Not to be changed."""
+    import runs
+
+    return runs.make_finished(workshop, "gpt2")
