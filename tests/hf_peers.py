@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from flax import nnx
@@ -28,13 +29,22 @@ ONE = MeshShape(data=8)
 
 
 class Words:
-    """A tokenizer as far as an export knows one."""
+    """A small tokenizer, as far as an export knows one: the words w0, w1, ... are the ids."""
 
-    vocab_size = 50
-    eot_id = 49
+    def __init__(self, vocab_size: int = 50, eot_id: int = 49):
+        self.vocab_size, self.eot_id = vocab_size, eot_id
+        vocab = {f"w{i}": i for i in range(vocab_size)}
+        self.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+        self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids)
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
+        self.backend.save(str(folder / "tokenizer.json"))
 
 
 def peer(config: hf.ModelConfig) -> transformers.PreTrainedModel:

@@ -113,6 +113,7 @@ def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
         "eos_token_id": end,
         "initializer_range": 0.02,
         "layer_norm_epsilon": config.layer_norm_eps,
+        "n_ctx": config.n_positions,  # for llama.cpp's converter
         "n_embd": config.d_model,
         "n_head": config.n_heads,
         "n_inner": config.mlp_width,
@@ -124,11 +125,11 @@ def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
     }
     if isinstance(config, GPT2Config):
         return shared | {
+            "add_cross_attention": False,
             "architectures": ["GPT2LMHeadModel"],
             "attn_pdrop": config.attn_dropout,
             "embd_pdrop": config.embd_dropout,
             "model_type": "gpt2",
-            "n_ctx": config.n_positions,
             "reorder_and_upcast_attn": False,
             "resid_pdrop": config.resid_dropout,
             "scale_attn_by_inverse_layer_idx": False,

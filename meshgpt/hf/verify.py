@@ -40,18 +40,21 @@ class Verdict:
 
     parameters: their number, padding of the vocabulary left out.
     logit_error: root mean square of the difference of the logits over their spread; 0 for equal dtypes.
+    notes: what whoever gets the folder should know.
     """
 
     parameters: int
     tensors: int
     tokens: int
     logit_error: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        proof = (
             f"read back from disk: {self.parameters:,} parameters in {self.tensors} tensors are equal, "
             f"logits on {self.tokens:,} tokens differ by {self.logit_error:.2g} of their spread"
         )
+        return "\n".join([proof, *self.notes])
 
 
 def read_back(folder: Path, params: trees.Tree, config: ModelConfig, probe: Probe, *, release: bool = False) -> Verdict:

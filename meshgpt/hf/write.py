@@ -1,5 +1,6 @@
 """Export: the live parameters as a folder that transformers and its kin load, proved before it gets its name."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from meshgpt.hf.names import Stored, stored_tensors
 from meshgpt.hf.staging import first, staged
 from meshgpt.hf.tensors import INDEX, SINGLE
 from meshgpt.hf.verify import Probe, Verdict, read_back
+from meshgpt.hf.words import save_tokenizer
 from meshgpt.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -57,8 +59,8 @@ def export(
       on_progress: called with bytes written and bytes in all.
 
     Raises:
-      UserError: `out` is taken, the disk too small, a value not finite or too large for `dtype`, or the folder read
-        back differs from the live model (naming the first differing tensor).
+      UserError: `out` is taken, the disk too small, a value not finite or too large for `dtype`, the saved tokenizer
+        gives other ids, or the folder read back differs from the live model (naming the first differing tensor).
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -70,14 +72,16 @@ def export(
     with staged(out, total, marker="config.json", replace=replace) as folder:
         shards = _plan(tensors, target, shard_bytes)
         _write_tensors(folder, shards, live_tensors(params, config, target), target, total, on_progress)
+        notes: tuple[str, ...] = ()
         if first():
             if len(shards) > 1:
                 _write_index(folder, shards, total)
             _write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
             _write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
-            tokenizer.save(folder)
+            notes = save_tokenizer(tokenizer, folder, probe.tokens_BT)
         multihost_utils.sync_global_devices("export written")
-        return read_back(folder, params, config, probe, release=release)
+        verdict = read_back(folder, params, config, probe, release=release)
+        return dataclasses.replace(verdict, notes=notes)
 
 
 def _numpy(dtype: Dtype) -> np.dtype:
