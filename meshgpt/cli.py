@@ -31,6 +31,12 @@ def _export(arguments: Sequence[str]) -> None:
     export(arguments)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    from meshgpt.report.command import report
+
+    report(arguments)
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
@@ -44,6 +50,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
+    "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),
 }
 

@@ -1,8 +1,9 @@
-"""The loss curve of a run, drawn from its `metrics.jsonl`."""
+"""PNG files: the loss curve of a run, drawn from its `metrics.jsonl`, and the panels of a report."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from meshgpt.tracker import amount, read_json_lines
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
 
+    from meshgpt.report.panels import Panel
+
 TRAIN, VALIDATION, REFERENCE, INK = "#2a6fbb", "#d1495b", "#6b7280", "#1f2933"
+PALETTE = ("#2a6fbb", "#d1495b", "#2f8f6b", "#b7791f", "#7b5ea7", "#0e7490", "#9d4f7a", "#5f6b7a")
 _WINDOWS = 40  # the smoothed curve averages over about this share of the run's steps
 _HEAD_ROOM = 1.05
 
@@ -54,6 +58,40 @@ def plot_loss(metrics_path: Path, out_png: Path, title: str) -> None:
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, metadata={"Software": None})
+
+
+def draw_panel(panel: Panel, out_png: Path) -> None:
+    """Draws one panel; NaN is a gap, and the axes fit the curves without single steps (`faint`)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _style(axes, panel.title)
+    axes.set_xlabel(panel.x_label, color=INK)
+    axes.set_ylabel(panel.y_label, color=INK)
+    for series in panel.series:
+        color = PALETTE[series.color % len(PALETTE)]
+        style = {
+            "faint": {"alpha": 0.25, "linewidth": 0.8},
+            "line": {"linewidth": 1.8, "label": _plain(series.label)},
+            "marked": {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": _plain(series.label)},
+        }[series.kind]
+        axes.plot(series.x, series.y, color=color, **style)
+    shown = [series for series in panel.series if series.kind != "faint" and np.isfinite(series.y).any()]
+    if shown:
+        _frame(axes, np.concatenate([s.x for s in shown]), np.concatenate([s.y for s in shown]))
+        axes.legend(frameon=False, labelcolor=INK, fontsize=9 if len(shown) < 8 else 7)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")  # a run's name may be in any script
+        figure.savefig(out_png, metadata={"Software": None})
+
+
+def _plain(label: str) -> str:
+    """`label` for matplotlib, which would read dollars as mathematics and hide what begins with an underscore."""
+    return "\u2009" + label.replace("$", r"\$")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -100,7 +138,9 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _tick(tokens: float) -> str:
-    """`1.5M`, and `2M` rather than `2.00M`."""
+    """`1.5M`, and `2M` rather than `2.00M`; `1.5e+18` for numbers that have no name."""
+    if tokens >= 1e15:
+        return f"{tokens:.3g}"
     text = amount(tokens)
     digits, suffix = text.rstrip("kMBT"), text.lstrip("0123456789.")
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + suffix
@@ -109,7 +149,7 @@ def _tick(tokens: float) -> str:
 def _frame(axes: Axes, tokens: np.ndarray, curve: np.ndarray) -> None:
     """Fits the axes to the curves, so that one spike of a single step does not flatten the rest."""
     low, high = np.nanmin(curve), np.nanmax(curve)
-    margin = max((high - low) * (_HEAD_ROOM - 1), 0.01)
+    margin = (high - low) * (_HEAD_ROOM - 1) or abs(low) * 0.01 or 0.01
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, max(float(np.nanmax(tokens)), 1.0) * 1.02)
 

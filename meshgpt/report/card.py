@@ -1,0 +1,330 @@
+"""A model card of a run, in the form of the cards on the Hugging Face hub: blocks, and the YAML that opens the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from meshgpt import scaling
+from meshgpt.models import GPTJConfig, ModelConfig, parameter_shapes
+from meshgpt.optim import Piecewise
+from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
+from meshgpt.report.energy import Assumptions, Energy, energy
+from meshgpt.report.evals import latest
+from meshgpt.report.facts import Facts
+from meshgpt.report.panels import Panel
+from meshgpt.report.tables import by_iteration, references
+from meshgpt.tracker import amount, duration
+
+TO_FILL = "(to fill in)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What a run's folder cannot know."""
+
+    license: str = "unknown"
+    """As the hub names it, for example apache-2.0."""
+    language: tuple[str, ...] = ()
+    """Of the text, as ISO 639-1 codes."""
+    author: str = ""
+    """For the citation."""
+    location: str = ""
+    """Where it was trained, for the emissions."""
+    energy: Assumptions = Assumptions()
+
+
+def card(facts: Facts, panels: Sequence[Panel], options: CardOptions) -> list[Block]:
+    """The card's blocks, true to what the run's folder says; what nobody but its author knows is to be filled in."""
+    spent = energy(facts.device_hours, options.energy)
+    return [
+        Heading(level=1, text=facts.name),
+        *_description(facts),
+        *_use(facts),
+        *_data(facts),
+        *_procedure(facts, spent),
+        *_results(facts, panels),
+        *_environment(facts, spent),
+        *_citation(facts, options),
+        Heading(level=2, text="Licence"),
+        Text(text=options.license if options.license != "unknown" else f"{TO_FILL}: give it with --license"),
+        *_notes(facts),
+    ]
+
+
+def front_matter(facts: Facts, options: CardOptions) -> str:
+    """The YAML between two lines of dashes. Its values are JSON, which YAML reads, so that no text can break out."""
+    spent = energy(facts.device_hours, options.energy)
+    fields: dict[str, Any] = {"language": list(options.language)} if options.language else {}
+    fields |= {
+        "license": options.license,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["meshgpt", "jax", "causal-lm", "gptj" if isinstance(facts.run.model, GPTJConfig) else "gpt2"],
+    }
+    if spent.kg is not None:
+        fields["co2_eq_emissions"] = {
+            "emissions": round(spent.kg * 1000, 3),  # the hub counts grams
+            "source": "power times hours times grid intensity, see the card",
+            "training_type": "pre-training",
+            "hardware_used": facts.hardware,
+        } | ({"geographical_location": options.location} if options.location else {})
+    measured = _model_index(facts)
+    if measured:
+        fields["model-index"] = [{"name": clean(facts.name), "results": measured}]
+    lines = [f"{key}: {json.dumps(_cleaned(value), ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {clean(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return clean(value) if isinstance(value, str) else value
+
+
+def _model_index(facts: Facts) -> list[dict[str, Any]]:
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results = []
+    loss, bits = facts.last("val_loss"), facts.last("val_bits_per_byte")
+    metrics = [] if loss is None else [{"type": "perplexity", "value": perplexity(loss), "name": "token perplexity"}]
+    metrics += [] if bits is None else [{"type": "bits_per_byte", "value": bits, "name": "bits per byte"}]
+    if metrics:
+        held_out = {"type": "held-out", "name": "held-out part of the training text"}
+        results.append({"task": task, "dataset": held_out, "metrics": metrics})
+    for result in latest(facts.results):
+        dataset = {"type": result.task, "name": result.task}
+        metric = {"type": result.metric, "value": result.value, "name": result.metric}
+        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return results
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinity where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _description(facts: Facts) -> list[Block]:
+    model = facts.run.model
+    family = "GPT-J" if isinstance(model, GPTJConfig) else "GPT-2"
+    shape = facts.parameters
+    text = (
+        f"{facts.name} is a {family} language model with {shape.total:,} parameters, trained with meshgpt "
+        f"{facts.record.get('meshgpt', '')}: a decoder-only transformer that predicts the next token of a text. "
+    )
+    state = f"It has been trained for {facts.step:,} of {facts.run.steps:,} steps"
+    text += f"{state}, {amount(facts.tokens)} tokens." if facts.finished else f"{state} so far: it is not finished."
+    return [
+        Heading(level=2, text="Model Description"),
+        Text(text=text),
+        Text(text=f"What it is meant for and how it differs from others: {TO_FILL}."),
+        Table(header=("Hyperparameter", "Value"), rows=_hyperparameters(facts), note=_counting(model)),
+    ]
+
+
+def _hyperparameters(facts: Facts) -> list[tuple[str, str]]:
+    model, vocab = facts.run.model, f"{facts.run.model.vocab_size:,}"
+    if model.padded_vocab != model.vocab_size:
+        vocab += f" (the embedding is padded to {model.padded_vocab:,}; the padding is masked and not exported)"
+    rows = [
+        ("n_parameters", f"{facts.parameters.total:,}"),
+        ("of these in embeddings", f"{facts.parameters.embedding:,}"),
+        ("n_layers", f"{model.n_layers}"),
+        ("d_model", f"{model.d_model:,}"),
+        ("d_ff", f"{model.mlp_width:,}"),
+        ("n_heads", f"{model.n_heads}"),
+        ("d_head", f"{model.head_size}"),
+        ("n_ctx", f"{model.n_positions:,}"),
+        ("n_vocab", vocab),
+    ]
+    if isinstance(model, GPTJConfig):
+        rotary = [
+            ("Positional Encoding", "Rotary Position Embedding (RoPE)"),
+            ("RoPE Dimensions", f"{model.rotary_dim}"),
+        ]
+        return [*rows, *rotary]
+    return [*rows, ("Positional Encoding", "learned"), ("Head", "tied" if model.tied_head else "untied")]
+
+
+def _counting(model: ModelConfig) -> str:
+    """How the number of parameters is counted, where a published one differs."""
+    lines = scaling.explain_parameters(parameter_shapes(model), model.vocab_size).splitlines()
+    published = [line for line in lines if "is published with" in line]
+    return published[0] if published else "Every trained number is counted once; padding of the vocabulary is not."
+
+
+def _use(facts: Facts) -> list[Block]:
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "export"  # in the folder of the run, or where `meshgpt export` put it\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        'inputs = tokenizer("Once", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"
+    )
+    return [
+        Heading(level=2, text="Intended Use and Limitations"),
+        Text(text=f"The model is best at what it was trained for: going on from a prompt. Intended use: {TO_FILL}."),
+        Heading(level=3, text="Out-of-scope use"),
+        Text(
+            text="It is not a product: it was not trained to follow instructions or to be safe, and needs fine-tuning, "
+            f"supervision or moderation before people meet it. Out of scope besides: {TO_FILL}."
+        ),
+        Heading(level=3, text="Limitations and Biases"),
+        Text(
+            text="It predicts likely words, which need not be true ones, and repeats whatever profanity and prejudice "
+            f"its training text has. Known of this model and this text: {TO_FILL}."
+        ),
+        Heading(level=3, text="How to use"),
+        Code(language="python", text=code),
+    ]
+
+
+def _data(facts: Facts) -> list[Block]:
+    total = sum(source.tokens for source in facts.sources)
+    head: list[Block] = [Heading(level=2, text="Training data")]
+    if not total:
+        return [*head, Text(text=f"{amount(facts.tokens)} tokens were seen. The text: {TO_FILL}.")]
+    rows = [
+        (s.name, f"{s.tokens:,}", f"{s.tokens / total:.1%}", f"{s.documents:,}", f"{s.bytes:,}") for s in facts.sources
+    ]
+    text = (
+        f"{total:,} tokens of training text, of which the model has seen {facts.tokens:,}: "
+        f"{facts.tokens / total:.2f} epochs. Where the text is from and under which licence: {TO_FILL}."
+    )
+    return [*head, Text(text=text), Table(header=("Source", "Tokens", "Share", "Documents", "Bytes"), rows=rows)]
+
+
+def _procedure(facts: Facts, spent: Energy) -> list[Block]:
+    run = facts.run
+    per_step = run.global_batch * run.sequence_length
+    restarts = f", in {len(facts.sessions)} sessions" if len(facts.sessions) > 1 else ""
+    hours = "not recorded" if facts.hours is None else f"{facts.hours:.4g} ({duration(facts.hours * 3600)}){restarts}"
+    rows = [
+        ("Steps", f"{facts.step:,}" + ("" if facts.finished else f" of {run.steps:,}, in progress")),
+        ("Batch", f"{run.global_batch:,} x {run.sequence_length:,} = {per_step:,} tokens"),
+        ("Tokens", f"{facts.tokens:,}"),
+        ("Tokens per parameter", f"{facts.tokens / facts.parameters.total:.3g}"),
+        ("Optimizer", _optimizer(run.optim)),
+        ("Learning rate", _schedule(run.optim)),
+        ("Precision", f"parameters in {run.precision.params}, computing in {_compute(facts)}"),
+        ("Hardware", facts.hardware or "not recorded"),
+        ("Hours", hours),
+        ("Total FLOs", f"{facts.flops:.3g} ({amount(facts.flops_per_token)} a token: {_FLOPS_RULE})"),
+        ("Energy", "not known" if spent.kwh is None else f"{spent.kwh:.4g} kWh"),
+        ("Last training loss", _number(facts.last("loss"))),
+        ("Seed", f"{run.seed}"),
+        ("Software", ", ".join(f"{k} {v}" for k, v in dict(facts.record.get("versions", {})).items())),
+        ("Revision", f"{facts.record.get('git_revision') or 'unknown'}"),
+    ]
+    objective = "It was trained to maximise the likelihood of the next token (cross-entropy)."
+    return [
+        Heading(level=2, text="Training procedure"),
+        Text(text=objective),
+        Table(header=("", "Value"), rows=rows),
+        Code(language="", text=clean(str(facts.record.get("command", "")))),
+    ]
+
+
+_FLOPS_RULE = "6 per weight of a matmul, and attention"
+
+
+def _compute(facts: Facts) -> str:
+    compute = facts.run.precision.compute
+    if compute != "auto" or not facts.sessions:
+        return compute
+    return "float32" if facts.sessions[-1]["device_kind"] == "cpu" else "bfloat16"
+
+
+def _optimizer(optim: Any) -> str:
+    """Every number of the optimizer but those of the learning rate."""
+    apart = ("peak_lr", "warmup_steps", "schedule")
+    fields = [field.name for field in dataclasses.fields(optim) if field.name not in apart]
+    return f"{type(optim).__name__}: " + ", ".join(f"{name} {getattr(optim, name)}" for name in fields)
+
+
+def _schedule(optim: Any) -> str:
+    schedule = optim.schedule
+    name = type(schedule).__name__
+    values = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
+    details = ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
+    warmup = "" if isinstance(schedule, Piecewise) else f", {optim.warmup_steps:,} steps of linear warmup"
+    return f"peak {optim.peak_lr:g}{warmup}, then {name}" + (f" ({details})" if details else "")
+
+
+def _results(facts: Facts, panels: Sequence[Panel]) -> list[Block]:
+    blocks: list[Block] = [Heading(level=2, text="Evaluation results"), *_held_out(facts)]
+    blocks += references(facts)
+    table = by_iteration(facts)
+    if table is not None:
+        blocks += [Heading(level=3, text="Evaluation by iteration"), table]
+    blocks += [Heading(level=3, text="Curves")] if panels else []
+    return blocks + [Figure(slug=panel.slug, caption=panel.title) for panel in panels]
+
+
+def _held_out(facts: Facts) -> list[Block]:
+    loss, bits, gzip = (facts.last(key) for key in ("val_loss", "val_bits_per_byte", "gzip_bits_per_byte"))
+    if loss is None:
+        return [Text(text="No held-out text was evaluated yet.")]
+    rows = [("loss (nats per token)", f"{loss:.4f}"), ("perplexity per token", f"{perplexity(loss):.2f}")]
+    rows += [] if bits is None else [("bits per byte", f"{bits:.4f}")]
+    rows += [] if gzip is None else [("bits per byte that gzip -9 needs", f"{gzip:.4f}")]
+    return [Table(header=("Held-out text", "Value"), rows=rows)]
+
+
+def _environment(facts: Facts, spent: Energy) -> list[Block]:
+    rows = [
+        ("Hardware", facts.hardware or "not recorded"),
+        ("Hours", "not recorded" if facts.hours is None else f"{facts.hours:.4g}"),
+        ("Energy", "not known" if spent.kwh is None else f"{spent.kwh:.4g} kWh"),
+        ("Emissions", "not known" if spent.kg is None else f"{spent.kg:.4g} kg CO2 eq"),
+    ]
+    return [
+        Heading(level=2, text="Environmental impact"),
+        Table(header=("", "Value"), rows=rows),
+        Text(text="Computed, not metered: device-hours times power times grid intensity."),
+        Bullets(items=spent.basis),
+    ]
+
+
+_PAPERS = {
+    "GPT-J": "@misc{gpt-j,\n  author = {Wang, Ben and Komatsuzaki, Aran},\n"
+    "  title = {{GPT-J-6B: A 6 Billion Parameter Autoregressive Language Model}},\n"
+    "  howpublished = {\\url{https://github.com/kingoflolz/mesh-transformer-jax}},\n  year = 2021,\n  month = May\n}",
+    "GPT-2": "@techreport{radford2019language,\n"
+    "  author = {Radford, Alec and Wu, Jeffrey and Child, Rewon and Luan, David and Amodei, Dario and "
+    "Sutskever, Ilya},\n"
+    "  title = {Language Models are Unsupervised Multitask Learners},\n  institution = {OpenAI},\n  year = 2019\n}",
+}
+
+
+def _citation(facts: Facts, options: CardOptions) -> list[Block]:
+    year = str(facts.record.get("started", ""))[:4]
+    key = "".join(c for c in facts.name if c.isascii() and c.isalnum()) or "model"
+    name, author = (_bibtex(text) for text in (facts.name, options.author or TO_FILL))
+    ours = f"@misc{{{key},\n  author = {{{author}}},\n  title = {{{{{name}}}}},\n  year = {year or TO_FILL}\n}}"
+    family = "GPT-J" if isinstance(facts.run.model, GPTJConfig) else "GPT-2"
+    return [
+        Heading(level=2, text="Citation and Related Information"),
+        Text(text="To cite this model:"),
+        Code(language="bibtex", text=ours),
+        Text(text=f"To cite the architecture, {family}:"),
+        Code(language="bibtex", text=_PAPERS[family]),
+    ]
+
+
+def _bibtex(text: str) -> str:
+    return "".join(c for c in clean(text) if c not in "{}\\@%")
+
+
+def _notes(facts: Facts) -> list[Block]:
+    about = "Made by `meshgpt report` from the run's folder.".replace("`", "")
+    return [Heading(level=2, text="About this card"), Bullets(items=[about, *facts.notes])]
+
+
+def _number(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:.4f}"

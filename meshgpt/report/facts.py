@@ -1,0 +1,217 @@
+"""What a run's folder says about the run, read once for everything that is drawn or written of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshgpt import scaling
+from meshgpt.config import Run
+from meshgpt.data.store import Store
+from meshgpt.errors import UserError
+from meshgpt.models import parameter_shapes
+from meshgpt.report.evals import Result, read_evals
+from meshgpt.run_folder import RunFolder
+from meshgpt.sessions import read_sessions
+from meshgpt.tracker import read_json_lines
+
+_MOST_SOURCES = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Part of the training text: a file, or a folder of files."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """A run as its folder has it.
+
+    rows: of metrics.jsonl. sessions: of sessions.json. sources: of the token store, [] where it is gone.
+    notes: what could not be read, in sentences. flops_per_token: of training.
+    """
+
+    folder: Path
+    run: Run
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
+    results: list[Result]
+    sources: list[Source]
+    notes: list[str]
+    parameters: scaling.Parameters
+    flops_per_token: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name or "run"
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.run.global_batch * self.run.sequence_length
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.run.steps
+
+    @property
+    def flops(self) -> float:
+        """Of the tokens that the model has seen; what a restart did again is not in it."""
+        return float(self.tokens) * self.flops_per_token
+
+    @property
+    def hours(self) -> float | None:
+        """Wall-clock hours of all sessions, restarts and evaluations included; None where nothing recorded them."""
+        return sum(session["seconds"] for session in self.sessions) / 3600 if self.sessions else None
+
+    @property
+    def device_hours(self) -> dict[str, float]:
+        """Hours times devices, by kind of device."""
+        hours: Counter[str] = Counter()
+        for session in self.sessions:
+            hours[session["device_kind"]] += session["seconds"] / 3600 * session["devices"]
+        return dict(hours)
+
+    @property
+    def hardware(self) -> str:
+        """`8 x TPU v4`, or several of these where the run moved; empty where nothing recorded it."""
+        each = dict.fromkeys(f"{session['devices']} x {session['device_kind']}" for session in self.sessions)
+        return ", then ".join(each)
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of the rows that have `key`; a value that is no finite number is NaN."""
+        rows = [row for row in self.rows if key in row]
+        steps = np.array([row["step"] for row in rows], dtype=float)
+        return steps, np.array([number(row[key]) for row in rows], dtype=float)
+
+    def last(self, key: str) -> float | None:
+        """The last finite value of a key."""
+        values = self.series(key)[1]
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if finite.size else None
+
+
+def number(value: Any) -> float:
+    """`value` as a float, NaN where it is none or not finite."""
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
+
+
+def read_facts(path: Path) -> Facts:
+    """Reads the run in folder `path`, finished or in progress.
+
+    Raises:
+      UserError: no run there, or one that this version cannot read.
+    """
+    folder = RunFolder(path)
+    run = folder.read_run()
+    rows = read_json_lines(folder.metrics)
+    results, unread = read_evals(folder.evals, rows)
+    sources, missing = _sources(run, folder)
+    notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
+    notes += missing + _torn(folder.metrics)
+    notes += [] if rows else ["nothing was logged yet"]
+    shapes = parameter_shapes(run.model)
+    return Facts(
+        folder=path,
+        run=run,
+        record=json.loads(folder.record.read_text(encoding="utf-8")),
+        rows=rows,
+        sessions=read_sessions(folder.sessions),
+        results=results,
+        sources=sources,
+        notes=notes,
+        parameters=scaling.count_parameters(shapes, run.model.vocab_size),
+        flops_per_token=scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length),
+    )
+
+
+def _torn(metrics: Path) -> list[str]:
+    """A sentence about lines that could not be read, if there are any."""
+    if not metrics.exists():
+        return []
+    lines = metrics.read_bytes().splitlines()
+    bad = [index for index, line in enumerate(lines, start=1) if not _is_row(line)]
+    if not bad:
+        return []
+    if bad == [len(lines)]:
+        return [f"{metrics.name} is cut off within its last line ({len(lines)}), and was read up to there"]
+    return [f"{len(bad)} lines of {metrics.name} could not be read (the first is line {bad[0]}), and were left out"]
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and type(row.get("step")) is int
+
+
+def _sources(run: Run, folder: RunFolder) -> tuple[list[Source], list[str]]:
+    """The training text by source, largest first; and a sentence where it cannot be read any more."""
+    place = Path(run.data.store) if run.data.store else folder.data
+    try:
+        store = Store.open(place)
+        documents = store.split("train").documents
+        lines = (store.folder / "sources.jsonl").read_text(encoding="utf-8").splitlines()
+        names = [str(json.loads(line)["name"]) for line in lines]
+    except (UserError, OSError, ValueError, KeyError) as error:
+        return [], [f"the training text cannot be described, since its token store is not there any more: {error}"]
+    tokens = np.diff(documents["end"], prepend=0)
+    counts = [np.bincount(documents["file"], weights, len(names)) for weights in (tokens, documents["bytes"], None)]
+    files = [
+        Source(name=name, tokens=int(size), bytes=int(length), documents=int(many))
+        for name, size, length, many in zip(names, *counts, strict=True)
+        if many
+    ]
+    return _grouped(files), []
+
+
+def _grouped(files: list[Source]) -> list[Source]:
+    """Files as they are where they are few, else by folder below the one that all share; the smallest together."""
+    shared = os.path.commonpath([str(Path(file.name).parent) for file in files]) if len(files) > 1 else ""
+    short = [dataclasses.replace(file, name=_below(file.name, shared)) for file in files]
+    if len(short) > _MOST_SOURCES:
+        tops = [file.name.split("/")[0] if "/" in file.name else "files at the top" for file in short]
+        short = [dataclasses.replace(file, name=top) for file, top in zip(short, tops, strict=True)]
+    merged = [_sum(name, list(several)) for name, several in _by_name(short)]
+    merged.sort(key=lambda source: -source.tokens)
+    if len(merged) > _MOST_SOURCES:
+        rest = merged[_MOST_SOURCES - 1 :]
+        merged = [*merged[: _MOST_SOURCES - 1], _sum(f"{len(rest)} others", rest)]
+    return merged
+
+
+def _below(name: str, shared: str) -> str:
+    return os.path.relpath(name, shared) if shared else Path(name).name
+
+
+def _by_name(sources: list[Source]) -> Any:
+    ordered = sorted(sources, key=lambda source: source.name)
+    return itertools.groupby(ordered, key=lambda source: source.name)
+
+
+def _sum(name: str, sources: list[Source]) -> Source:
+    return Source(
+        name=name,
+        tokens=sum(source.tokens for source in sources),
+        documents=sum(source.documents for source in sources),
+        bytes=sum(source.bytes for source in sources),
+    )

@@ -1,0 +1,143 @@
+"""Tables of evaluations: a run beside published models, its evaluations by iteration, and several runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from meshgpt.report.blocks import Block, Heading, Table, Text
+from meshgpt.report.energy import Assumptions, energy
+from meshgpt.report.evals import Result, latest
+from meshgpt.report.facts import Facts
+from meshgpt.report.reference import GPTJ_CARD, REFERENCES, Reference
+from meshgpt.tracker import amount
+
+_SHORT = {"lambada_openai": "LAMBADA", "hellaswag": "HellaSwag", "winogrande": "Winogrande", "piqa": "PIQA"}
+_MOST_ROWS = 40
+
+
+def percent(result: Result) -> str:
+    """A result as it is read: shares as percentages, with the standard error where it is known."""
+    factor, unit = (100, "%") if result.is_share else (1, "")
+    error = "" if result.stderr is None else f" ± {result.stderr * factor:.2f}"
+    return f"{result.value * factor:.2f}{unit}{error}"
+
+
+def references(facts: Facts) -> list[Block]:
+    """The run's last results beside published ones; with none yet, only how to get them."""
+    ours = {(result.task, result.metric): result for result in latest(facts.results)}
+    if not ours:
+        text = f"No task was evaluated yet: meshgpt eval {facts.name} --tasks piqa,winogrande,lambada_openai,hellaswag"
+        return [Heading(level=3, text="Tasks"), Text(text=text)]
+    keys = sorted(ours)
+    named = [reference for reference in REFERENCES if reference.figures.keys() & ours.keys()]
+    rows = [[one.name, *(_figure(one, key) for key in keys), f"published, {one.source}"] for one in named]
+    rows.append(
+        [
+            facts.name,
+            *(percent(ours[key]) for key in keys),
+            f"measured here, step {max(r.step for r in ours.values()):,}",
+        ]
+    )
+    shots = [f"{task}: {ours[task, metric].shots}-shot" for task, metric in keys if ours[task, metric].shots]
+    note = (
+        "Published figures were not measured here; versions of the harness, shots and normalisation may differ. "
+        f"HellaSwag from the {GPTJ_CARD} is taken to be length-normalised."
+    )
+    header = ["Model", *(_column(*key, ours[key].better_up) for key in keys), "Source"]
+    note += f" Of this run: {', '.join(dict.fromkeys(shots))}." if shots else ""
+    return [Heading(level=3, text="Tasks"), Table(header=header, rows=rows, strong=(len(rows) - 1,), note=note)]
+
+
+def _column(task: str, metric: str, better_up: bool | None) -> str:
+    arrow = {True: " ↑", False: " ↓", None: ""}[better_up]
+    return f"{_SHORT.get(task, task)} {metric}{arrow}"
+
+
+def _figure(reference: Reference, key: tuple[str, str]) -> str:
+    value = reference.figures.get(key)
+    return "" if value is None else f"{value:.2f}" + ("" if key[1] == "perplexity" else "%")
+
+
+def by_iteration(facts: Facts) -> Table | None:
+    """Held-out loss and tasks at every step where any was evaluated; of very many, evenly chosen ones. None without."""
+    results = {(r.step, r.task, r.metric): r for r in facts.results}
+    columns = sorted({(task, metric) for _, task, metric in results})
+    named = sorted({key for row in facts.rows for key in row if key.startswith("val/") and key.endswith("/loss")})
+    held_out = {row["step"]: row for row in facts.rows if "val_loss" in row or any(key in row for key in named)}
+    steps = sorted(held_out.keys() | {step for step, _, _ in results})
+    if not steps:
+        return None
+    per_step = facts.run.global_batch * facts.run.sequence_length
+    rows = []
+    for step in _chosen(steps):
+        row = held_out.get(step, {})
+        losses = [_value(row.get(key)) for key in ("val_loss", "val_bits_per_byte", *named)]
+        tasks = [percent(results[step, *key]) if (step, *key) in results else "" for key in columns]
+        rows.append([f"{step:,}", amount(step * per_step), *losses, *tasks])
+    header = [
+        "Step",
+        "Tokens",
+        "Validation loss",
+        "Bits per byte",
+        *named,
+        *(f"{_SHORT.get(t, t)} {m}" for t, m in columns),
+    ]
+    note = f"{len(rows)} of {len(steps)} evaluations." if len(rows) < len(steps) else ""
+    return Table(header=header, rows=rows, note=note)
+
+
+def _chosen(steps: Sequence[int]) -> list[int]:
+    if len(steps) <= _MOST_ROWS:
+        return list(steps)
+    last = len(steps) - 1
+    return sorted({steps[round(index * last / (_MOST_ROWS - 1))] for index in range(_MOST_ROWS)})
+
+
+def _value(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else ""
+
+
+def comparison(runs: Sequence[Facts], assumed: Assumptions) -> list[Block]:
+    """Several runs beside each other: sizes, work, results, and in what their configurations differ."""
+    tasks = [{(result.task, result.metric): result for result in latest(run.results)} for run in runs]
+    columns = sorted(set().union(*tasks))
+    header = ["Run", "Parameters", "Steps", "Tokens", "FLOs", "Hours", "kWh", "Training loss", "Validation loss"]
+    header += ["Bits per byte", *(f"{_SHORT.get(task, task)} {metric}" for task, metric in columns)]
+    rows = []
+    for run, results in zip(runs, tasks, strict=True):
+        kwh = energy(run.device_hours, assumed).kwh
+        rows.append([
+            run.name,
+            amount(run.parameters.total),
+            f"{run.step:,}" + ("" if run.finished else f" of {run.run.steps:,}"),
+            amount(run.tokens),
+            f"{run.flops:.3g}",
+            "" if run.hours is None else f"{run.hours:.4g}",
+            "" if kwh is None else f"{kwh:.4g}",
+            *(_value(run.last(key)) for key in ("loss", "val_loss", "val_bits_per_byte")),
+            *(percent(results[key]) if key in results else "" for key in columns),
+        ])  # fmt: skip
+    losses = [run.last("val_loss") for run in runs]
+    known = [loss for loss in losses if loss is not None]
+    best = [index for index, loss in enumerate(losses) if known and loss == min(known)]
+    blocks: list[Block] = [Heading(level=2, text="Runs"), Table(header=header, rows=rows, strong=best)]
+    return blocks + _differences(runs)
+
+
+def _differences(runs: Sequence[Facts]) -> list[Block]:
+    flat = [_flat(run.record["run"]) for run in runs]
+    names = dict.fromkeys(name for one in flat for name in one)
+    differing = [name for name in names if len({repr(one.get(name)) for one in flat}) > 1 and name != "run_dir"]
+    rows = [[name, *("" if one.get(name) is None else str(one[name]) for one in flat)] for name in differing]
+    if not rows:
+        return []
+    table = Table(header=["Field", *(run.name for run in runs)], rows=rows)
+    return [Heading(level=2, text="In what they differ"), table]
+
+
+def _flat(value: object, where: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        nested = [_flat(item, f"{where}.{name}".lstrip(".")) for name, item in value.items()]
+        return {name: item for one in nested for name, item in one.items()}
+    return {where: value}
