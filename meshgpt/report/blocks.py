@@ -136,7 +136,7 @@ def _escape(text: str) -> str:
     escaped = re.sub(
         r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", html.escape(clean(text), quote=False)
     )
-    return re.sub(r"^(\s*)([#+-]|\d+[.)])(?=\s|$)", r"\1\\\2", escaped)
+    return re.sub(r"^(\s*)(\d*)([#+\-.)])(?=\s|$)", r"\1\2\\\3", escaped)
 
 
 def _fence(text: str) -> str:

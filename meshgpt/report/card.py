@@ -75,7 +75,8 @@ def front_matter(facts: Facts, options: CardOptions) -> str:
     measured = _model_index(facts)
     if measured:
         fields["model-index"] = [{"name": clean(facts.name), "results": measured}]
-    lines = [f"{key}: {json.dumps(_cleaned(value), ensure_ascii=False)}" for key, value in fields.items()]
+    texts = {key: json.dumps(_cleaned(value), ensure_ascii=False) for key, value in fields.items()}
+    lines = [f"{key}: {text}".replace("<", r"\u003c") for key, text in texts.items()]
     return "\n".join(["---", *lines, "---", ""])
 
 
@@ -318,7 +319,7 @@ def _citation(facts: Facts, options: CardOptions) -> list[Block]:
 
 
 def _bibtex(text: str) -> str:
-    return "".join(c for c in clean(text) if c not in "{}\\@%")
+    return "".join(c for c in clean(text) if c not in "{}\\@%<>")
 
 
 def _notes(facts: Facts) -> list[Block]:
