@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import jax
@@ -50,9 +51,11 @@ class Model:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a model's parameters, for `scaling`; touches no device, so it is free beside a run in progress."""
+    """{name: shape} of a model's parameters, for `scaling`; needs no mesh and no memory of a device."""
     model = Model(config=config, precision=Precision(compute="float32"))
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * 3)):
+    one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, (AxisType.Explicit,) * len(AXES))
+    set_already = not jax.sharding.get_abstract_mesh().empty
+    with nullcontext() if set_already else jax.sharding.use_abstract_mesh(one):
         params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     return {name: leaf.shape for name, leaf in leaves_with_names(params)}
 

@@ -54,7 +54,8 @@ def _has(config: ModelConfig, gpt2: str, gptj: str) -> bool:
 def test_shapes_need_no_mesh_and_are_those_of_the_parameters(config: ModelConfig) -> None:
     with jax.set_mesh(tiny.mesh(1, 2, 2)):
         params = tiny.model(config).abstract_params()
-    assert parameter_shapes(config) == {name: leaf.shape for name, leaf in trees.leaves_with_names(params)}
+        beside = parameter_shapes(config)
+    assert beside == parameter_shapes(config) == {name: leaf.shape for name, leaf in trees.leaves_with_names(params)}
 
 
 def test_initialisation_does_not_depend_on_the_mesh() -> None:
