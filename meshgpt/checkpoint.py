@@ -9,15 +9,17 @@ its digests, counts damaged steps as kept ones, and skips a save it finds unnece
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import numpy as np
@@ -324,6 +326,13 @@ def _silence_orbax() -> None:
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)
+        sys.unraisablehook = functools.partial(_unless_loop_closed, sys.unraisablehook)
+
+
+def _unless_loop_closed(report: Callable[[Any], object], unraisable: Any) -> None:
+    """When one file of a save meets a full disk, orbax ends the loop that its other writes still report to."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        report(unraisable)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
