@@ -19,6 +19,7 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         with _sigterm_as_ctrl_c():
             command()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
