@@ -22,6 +22,7 @@ import zstandard
 from meshgpt.data.documents import split_hash
 from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
+from meshgpt.data.text_files import list_files
 from meshgpt.errors import UserError
 from meshgpt.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
 
@@ -114,7 +115,7 @@ def test_gzip_size_is_the_programs(config: Prepare, tmp_path: Path):
 
 def test_tokens_across_shards(config: Prepare):
     whole = prepare(config, quiet).split("train")
-    many = prepare(replace(config, out=config.out + "2", shard_tokens=777), quiet).split("train")
+    many = prepare(replace(config, out=config.out + "2", shard_tokens=7_777), quiet).split("train")
     assert len(whole.shards) < len(many.shards)
     everything = whole.tokens(0, whole.num_tokens)
     rng = random.Random(0)
@@ -161,9 +162,9 @@ def test_a_document_larger_than_a_block_has_the_tokens_of_the_whole(text_dir: Pa
 RUN = """
 import sys
 from meshgpt.data.prepare import Prepare, prepare
-from meshgpt.data import prepare as module, sources
+from meshgpt.data import blocks, prepare as module
 module._COMMIT_SECONDS = 0.0
-sources.BLOCK_BYTES = 1 << 17
+blocks.BLOCK_BYTES = 1 << 17
 import json
 config = json.load(open(sys.argv[1]))
 config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
@@ -180,7 +181,7 @@ def test_sigkill_anywhere_then_rerun_gives_the_same_bytes(
     config: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Kills after so many lines of progress: training the tokenizer, tokenizing, finishing."""
-    monkeypatch.setattr("meshgpt.data.sources.BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr("meshgpt.data.blocks.BLOCK_BYTES", 1 << 17)
     (tmp_path / "a.jsonl").write_bytes(jsonl([path.read_text(encoding="utf-8") for path in FILES]))
     trained = replace(config, sources=(str(tmp_path / "a.jsonl"), *config.sources))
     trained = replace(trained, tokenizer=None, train_tokenizer="bpe", vocab_size=500, workers=2, shard_tokens=50_000)
@@ -308,7 +309,7 @@ def test_invalid_utf8_is_counted_or_refused(config: Prepare, tmp_path: Path):
     texts = ["fine \ufffd text", "caf\u00e9 na\ufffdve \ufffdt\ufffd"]
     assert all_texts(store)[:2] == texts
     assert all_texts(store)[3] == "raw \ufffd byte"
-    assert store.index["replaced"]["replaced_documents"] == 3
+    assert store.index["counts"]["replaced_documents"] == 3
     for i, message in ((1, "latin.txt"), (2, "half.jsonl:1")):
         strict = replace(replaced, sources=sources[i : i + 1], on_invalid_utf8="error", out=config.out + str(i))
         with pytest.raises(UserError, match=rf"{message} is not UTF-8.*--on-invalid-utf8 replace"):
@@ -427,9 +428,7 @@ def test_settings_that_cannot_be(config: Prepare, change: dict, message: str):
 
 
 def test_the_standard_library_is_a_source():
-    from meshgpt.data.sources import list_files
-
-    files = list_files(("stdlib",), ())
+    files = list_files("stdlib", ())
     names = {file.name for file in files}
     assert {"stdlib/json/decoder.py", "stdlib/os.py"} <= names
     assert not any("site-packages" in name or "/test/" in name for name in names)

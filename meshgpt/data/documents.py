@@ -5,8 +5,9 @@ Everything here is a pure function of the bytes, so it may run in any process.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from meshgpt.errors import UserError
@@ -22,13 +23,15 @@ class Fragment:
     Attributes:
         opens, closes: whether it is the document's first, its last.
         split_hash: `split_hash` of the document.
-        digest: `document_digest` of the whole document (hexadecimal), known with the last part only.
+        digest: `document_digest` of the whole document, hexadecimal.
+        replaced: U+FFFD already put for bytes of it that were not UTF-8.
     """
 
     opens: bool
     closes: bool
     split_hash: float
-    digest: str | None
+    digest: str
+    replaced: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Span:
     Attributes:
         file: the file's number, in the order of reading.
         name: its name, for messages.
-        record: the line number of the first line (JSON lines), 0 for a text file.
+        record: the number of the first line or record, from 1; 0 for a text file, which has none.
         size: bytes of the payload.
         held_out: whether the user named the file as held-out text.
     """
@@ -52,11 +55,18 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """About a megabyte of source bytes, the unit of work: spans laid end to end in `payload`."""
+    """About a megabyte of source bytes, the unit of work: spans laid end to end in `payload`.
 
-    kind: Literal["text", "json_lines"]
+    Attributes:
+        kind: whole files or a fragment, lines of JSON, records that are texts, or a message about a bad record.
+        lengths: bytes of each record, one after the other (kind "records").
+        fragment: set where the payload is a part of one document.
+    """
+
+    kind: Literal["text", "json_lines", "records", "bad"]
     spans: tuple[Span, ...]
     payload: bytes
+    lengths: tuple[int, ...] = ()
     fragment: Fragment | None = None
 
     def header(self) -> dict[str, Any]:
@@ -64,6 +74,7 @@ class Block:
         return {
             "kind": self.kind,
             "spans": [asdict(span) for span in self.spans],
+            "lengths": self.lengths,
             "fragment": None if self.fragment is None else asdict(self.fragment),
         }
 
@@ -75,6 +86,7 @@ class Block:
             kind=header["kind"],
             spans=tuple(Span(**span) for span in header["spans"]),
             payload=payload,
+            lengths=tuple(header["lengths"]),
             fragment=None if fragment is None else Fragment(**fragment),
         )
 
@@ -85,12 +97,14 @@ class Rules:
 
     Attributes:
         field: the JSON field that holds the text.
-        on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or refuse.
+        on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or hold it for a bad record.
+        bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
     """
 
     field: str
     on_invalid_utf8: Literal["replace", "error"]
+    bad_records: Literal["error", "skip"]
     val_fraction: float
 
 
@@ -112,25 +126,49 @@ class Document:
     replaced: int
 
 
-def documents(block: Block, rules: Rules) -> Iterator[Document]:
+def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
     """The documents of a block, in order, without empty ones.
+
+    Args:
+        bad: gets a message for each bad record, where these are skipped.
 
     Raises:
         UserError: a broken JSON line, a missing field, or invalid UTF-8 where that is refused; names file and line.
     """
+    for parse in _parsers(block, rules):
+        try:
+            document = parse()
+        except UserError as error:
+            if rules.bad_records == "error":
+                raise
+            bad.append(str(error))
+        else:
+            if document is not None and document.text:
+                yield document
+
+
+def _parsers(block: Block, rules: Rules) -> Iterator[Callable[[], Document | None]]:
+    """A function for each record of a block that gives its document, or raises what is wrong with it."""
+    if block.kind == "bad":
+        yield partial(_refuse, block.payload.decode())
+        return
     offset = 0
     for span in block.spans:
         data = block.payload[offset : offset + span.size]
         offset += span.size
-        if block.kind == "json_lines":
-            yield from _json_documents(span, data, rules)
-        elif block.fragment is not None:
-            text, replaced = decode(data, rules.on_invalid_utf8, span.name)
-            held_out = span.held_out or block.fragment.split_hash < rules.val_fraction
-            yield Document(file=span.file, record=0, text=text, held_out=held_out, digest=bytes(16), replaced=replaced)
-        elif data:
-            text, replaced = decode(data, rules.on_invalid_utf8, span.name)
-            yield _document(span, 0, text, data, replaced, rules)
+        if block.fragment is not None:
+            yield partial(_fragment, span, data, block.fragment, rules)
+        elif block.kind == "text":
+            yield partial(_text, span, 0, data, rules)
+        elif block.kind == "json_lines":
+            for number, line in enumerate(data.split(b"\n"), start=span.record):
+                if line.strip():
+                    yield partial(_json, span, number, line, rules)
+        else:
+            start = 0
+            for number, length in enumerate(block.lengths, start=span.record):
+                yield partial(_text, span, number, data[start : start + length], rules)
+                start += length
 
 
 def decode(data: bytes, on_invalid: Literal["replace", "error"], name: str) -> tuple[str, int]:
@@ -139,12 +177,17 @@ def decode(data: bytes, on_invalid: Literal["replace", "error"], name: str) -> t
         return data.decode("utf-8"), 0
     except UnicodeDecodeError as error:
         if on_invalid == "error":
-            raise UserError(
-                f"{name} is not UTF-8 ({error.reason} at byte {error.start}): "
-                "convert it, or pass --on-invalid-utf8 replace to keep the rest and count what was replaced"
-            ) from error
+            raise not_utf8(name, error) from error
     text = data.decode("utf-8", errors="replace")
     return text, text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+
+
+def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
+    """What to say of bytes that are refused."""
+    return UserError(
+        f"{name} is not UTF-8 ({error.reason} at byte {error.start}): "
+        "convert it, or pass --on-invalid-utf8 replace to keep the rest and count what was replaced"
+    )
 
 
 def split_hash(data: bytes) -> float:
@@ -158,33 +201,12 @@ def document_digest() -> "hashlib.blake2b":
     return hashlib.blake2b(digest_size=16)
 
 
-def _document(span: Span, record: int, text: str, data: bytes, replaced: int, rules: Rules) -> Document:
-    digest = document_digest()
-    digest.update(data)
-    held_out = span.held_out or split_hash(data) < rules.val_fraction
-    return Document(
-        file=span.file, record=record, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced
-    )
+def as_text(line: str, field: str, where: str) -> str:
+    """The text in a line of JSON.
 
-
-def _json_documents(span: Span, data: bytes, rules: Rules) -> Iterator[Document]:
-    for line_number, line in enumerate(data.split(b"\n"), start=span.record):
-        if not line.strip():
-            continue
-        where = f"{span.name}:{line_number}"
-        decoded, replaced = decode(line, rules.on_invalid_utf8, where)
-        text = _json_text(decoded, rules.field, where)
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-            text, lone = decode(text.encode("utf-8", errors="surrogatepass"), rules.on_invalid_utf8, where)
-            replaced += lone
-            encoded = text.encode()
-        if encoded:
-            yield _document(span, line_number, text, encoded, replaced, rules)
-
-
-def _json_text(line: str, field: str, where: str) -> str:
+    Raises:
+        UserError: not an object, or one without text in that field.
+    """
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -197,3 +219,46 @@ def _json_text(line: str, field: str, where: str) -> str:
         kind = type(record[field]).__name__
         raise UserError(f"{where}: field {field!r} is a {kind}, not text: name another with --field")
     return record[field]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def _fragment(span: Span, data: bytes, fragment: Fragment, rules: Rules) -> Document:
+    text, replaced = decode(data, rules.on_invalid_utf8, span.name)
+    return Document(
+        file=span.file,
+        record=span.record,
+        text=text,
+        held_out=span.held_out or fragment.split_hash < rules.val_fraction,
+        digest=bytes.fromhex(fragment.digest),
+        replaced=replaced + (fragment.replaced if fragment.closes else 0),
+    )
+
+
+def _text(span: Span, record: int, data: bytes, rules: Rules) -> Document:
+    text, replaced = decode(data, rules.on_invalid_utf8, f"{span.name}:{record}" if record else span.name)
+    return _document(span, record, text, data, replaced, rules)
+
+
+def _json(span: Span, record: int, line: bytes, rules: Rules) -> Document:
+    where = f"{span.name}:{record}"
+    decoded, replaced = decode(line, rules.on_invalid_utf8, where)
+    text = as_text(decoded, rules.field, where)
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+        text, lone = decode(text.encode("utf-8", errors="surrogatepass"), rules.on_invalid_utf8, where)
+        replaced += lone
+        encoded = text.encode()
+    return _document(span, record, text, encoded, replaced, rules)
+
+
+def _document(span: Span, record: int, text: str, data: bytes, replaced: int, rules: Rules) -> Document:
+    digest = document_digest()
+    digest.update(data)
+    held_out = span.held_out or split_hash(data) < rules.val_fraction
+    return Document(
+        file=span.file, record=record, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced
+    )

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from meshgpt.data.documents import Rules, documents
 from meshgpt.data.files import write_atomically
-from meshgpt.data.sources import SourceFile, check_unique, list_files, read_blocks
+from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.worker import WorkerPool, token_dtype
-from meshgpt.data.writer import StoreWriter
+from meshgpt.data.writer import Counts, StoreWriter
 from meshgpt.errors import UserError
 from meshgpt.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int | None], None]
 REQUEST = "request.json"
 _LOCK = "prepare.lock"
 _COMMIT_SECONDS = 2.0
-TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl")
+TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,10 @@ class Prepare:
     """What to tokenize, how, and where to.
 
     Attributes:
-        sources: text files, `.jsonl` files, folders, globs, each plain, `.gz` or `.zst`; or `stdlib`, the source of the
-            running Python's standard library (without its tests). A text file is one document, a line of `.jsonl` one.
+        sources: text files, `.jsonl` files (both plain, `.gz`, `.zst` or `.xz`) and `.parquet` files, folders and globs
+            of them, also as URLs that fsspec knows; `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; or `stdlib`,
+            the source of the running Python's standard library (without its tests). A text file is one document, a
+            line, row or record one.
         out: the folder of the store.
         tokenizer: a folder or file to load; or
         train_tokenizer: the kind to train on the text (without its held-out part), with
@@ -49,9 +51,12 @@ class Prepare:
         tokenizer_bytes: train the tokenizer on about this much of the text.
         val_sources: held-out text, as `sources`.
         val_fraction: the share of `sources`' documents held out, chosen by a hash of their content.
-        field: the field of `.jsonl` that holds the text.
-        extensions: which files of a folder are read (each also with `.gz` and `.zst`).
-        on_invalid_utf8: put U+FFFD for invalid bytes and count them, or refuse.
+        field: the field of `.jsonl`, or the column of `.parquet`, that holds the text.
+        extensions: which files of a folder are read (compressed ones too).
+        on_invalid_utf8: put U+FFFD for invalid bytes and count them, or take it for a bad record.
+        bad_records: stop at a record that is not valid, or skip it: then they are counted, and the first few shown.
+        max_bad_records: when skipping, stop after so many all the same; 0 sets no limit.
+        deduplicate: drop documents that are equal to an earlier one, byte for byte (about 100 bytes of memory each).
         workers: processes; 0 takes one for each CPU.
         shard_tokens: tokens in a shard.
         overwrite: replace another store in `out`.
@@ -68,6 +73,9 @@ class Prepare:
     field: str = "text"
     extensions: tuple[str, ...] = TEXT_EXTENSIONS
     on_invalid_utf8: Literal["replace", "error"] = "replace"
+    bad_records: Literal["error", "skip"] = "error"
+    max_bad_records: int = 0
+    deduplicate: bool = False
     workers: int = 0
     shard_tokens: int = 1 << 27
     overwrite: bool = False
@@ -86,13 +94,27 @@ class Prepare:
         for name in ("shard_tokens", "tokenizer_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.max_bad_records < 0:
+            raise UserError(f"max_bad_records {self.max_bad_records} must be positive, or 0 for no limit")
+        if self.max_bad_records and self.bad_records == "error":
+            raise UserError(f"max_bad_records {self.max_bad_records} goes with --bad-records skip")
         if self.workers < 0:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
     @property
     def rules(self) -> Rules:
         """How bytes become documents."""
-        return Rules(field=self.field, on_invalid_utf8=self.on_invalid_utf8, val_fraction=self.val_fraction)
+        return Rules(
+            field=self.field,
+            on_invalid_utf8=self.on_invalid_utf8,
+            bad_records=self.bad_records,
+            val_fraction=self.val_fraction,
+        )
+
+    @property
+    def reading(self) -> Reading:
+        """How sources are read."""
+        return Reading(field=self.field, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
 
 
 class StoreDiffersError(UserError):
@@ -112,16 +134,16 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     Raises:
         UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
     """
-    files = list_files(config.sources, config.extensions)
-    files += list_files(config.val_sources, config.extensions, held_out=True)
-    check_unique(files)
+    inputs = list_inputs(config.sources, config.extensions)
+    inputs += list_inputs(config.val_sources, config.extensions, held_out=True)
+    check_unique(inputs)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            _claim(out, _request(config, files), config.overwrite)
+            _claim(out, _request(config, inputs), config.overwrite)
             if not (out / INDEX).exists():
-                _build(config, files, out, progress)
+                _build(config, inputs, out, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full ({out}): free space and run this again; what is done is kept") from error
@@ -129,16 +151,17 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     return Store.open(out)
 
 
-def _build(config: Prepare, files: list[SourceFile], out: Path, progress: Progress) -> None:
-    tokenizer = _tokenizer(config, files, out / "tokenizer", progress)
-    writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens)
-    total = sum(file.size for file in files)
+def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress) -> None:
+    tokenizer = _tokenizer(config, inputs, out / "tokenizer", progress)
+    writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens, config.deduplicate)
+    total = sum(one.input.size for one in inputs)
     try:
         with WorkerPool(config.workers or _cpus(), out / "tokenizer", config.rules) as pool:
             committed = time.monotonic()
-            for read, result in pool.map(read_blocks(files, writer.position)):
+            for read, result in pool.map(read_blocks(inputs, config.reading, writer.position)):
                 writer.append(read, result)
-                progress("tokenizing", read.bytes_read, total)
+                _check_bad(config, writer.counts)
+                progress("tokenizing", read.size_read, total)
                 if time.monotonic() - committed > _COMMIT_SECONDS:
                     writer.commit()
                     committed = time.monotonic()
@@ -150,6 +173,15 @@ def _build(config: Prepare, files: list[SourceFile], out: Path, progress: Progre
     index = _index(config, tokenizer, entries, out)
     write_atomically(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
     writer.remove_work_files()
+
+
+def _check_bad(config: Prepare, counts: Counts) -> None:
+    if config.max_bad_records and counts.bad_records > config.max_bad_records:
+        shown = "; ".join(counts.first_bad)
+        raise UserError(
+            f"{counts.bad_records} bad records are more than --max-bad-records {config.max_bad_records}. "
+            f"The first: {shown}"
+        )
 
 
 def _cpus() -> int:
@@ -184,13 +216,13 @@ def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: 
     }
 
 
-def _request(config: Prepare, files: list[SourceFile]) -> dict[str, Any]:
+def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     """Everything that the store's content depends on."""
     settings = asdict(config)
     for name in ("out", "workers", "overwrite", "tokenizer"):
         del settings[name]
     settings["tokenizer"] = None if config.tokenizer is None else load_tokenizer(config.tokenizer).fingerprint
-    settings["files"] = [[file.name, file.size, file.mtime_ns] for file in files]
+    settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
     return json.loads(json.dumps(settings))
 
 
@@ -220,7 +252,7 @@ def _difference(key: str, held: dict[str, Any], request: dict[str, Any]) -> str:
     return f"source file {min(before ^ after)[0]} was added, removed or changed" if before != after else "other order"
 
 
-def _tokenizer(config: Prepare, files: list[SourceFile], folder: Path, progress: Progress) -> Tokenizer:
+def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Progress) -> Tokenizer:
     """Loads or trains the tokenizer, once: an interrupted run finds it in `folder`, which appears whole."""
     if folder.exists():
         return load_tokenizer(folder)
@@ -229,7 +261,7 @@ def _tokenizer(config: Prepare, files: list[SourceFile], folder: Path, progress:
     else:
         assert config.vocab_size is not None
         train = train_bpe if config.train_tokenizer == "bpe" else train_sentencepiece
-        tokenizer = train(_training_texts(config, files, progress), config.vocab_size)
+        tokenizer = train(_training_texts(config, inputs, progress), config.vocab_size)
     temporary = folder.with_name("tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -237,18 +269,18 @@ def _tokenizer(config: Prepare, files: list[SourceFile], folder: Path, progress:
     return load_tokenizer(folder)
 
 
-def _training_texts(config: Prepare, files: list[SourceFile], progress: Progress) -> Iterator[str]:
+def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -> Iterator[str]:
     """About `tokenizer_bytes` of the text, in blocks spread evenly over it, without held-out documents."""
-    total = sum(file.size for file in files)
+    total = sum(one.input.size for one in inputs)
     share = min(1.0, config.tokenizer_bytes / max(1, total))
     taken = 0.0
-    for read in read_blocks(files):
-        progress("training the tokenizer", read.bytes_read, total)
+    for read in read_blocks(inputs, config.reading):
+        progress("training the tokenizer", read.size_read, total)
         taken += share
         if taken < 1.0:
             continue
         taken -= 1.0
-        for document in documents(read.block, config.rules):
+        for document in documents(read.block, config.rules, []):
             if not document.held_out:
                 yield document.text
 

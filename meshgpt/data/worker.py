@@ -31,6 +31,7 @@ from meshgpt.tokenizer import Tokenizer, load_tokenizer
 # file and record: where it came from; digest: 128 bits, equal for exact duplicates.
 DOCUMENT = np.dtype([("end", "<i8"), ("bytes", "<i8"), ("file", "<u4"), ("record", "<u4"), ("digest", "<u8", (2,))])
 SPLITS = ("train", "val")
+SHOWN_BAD = 5  # messages about bad records that are kept
 _FRAME = struct.Struct("<IQ")  # bytes of the JSON header, bytes of the payload
 
 
@@ -51,12 +52,16 @@ class Tokenized:
         val_text: the held-out documents' text, end to end, as UTF-8.
         replaced: U+FFFD put for invalid bytes.
         replaced_documents: how many documents have any.
+        bad_records: how many records were skipped.
+        first_bad: what was wrong with the first few.
     """
 
     parts: dict[str, SplitPart]
     val_text: bytes
     replaced: int
     replaced_documents: int
+    bad_records: int
+    first_bad: list[str]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -66,7 +71,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
     """A block's documents as tokens, each document followed by the end-of-text id."""
-    found = list(documents(block, rules))
+    bad: list[str] = []
+    found = list(documents(block, rules, bad))
     continued = block.fragment is not None and not block.fragment.opens
     closes = block.fragment is None or block.fragment.closes
     ids = tokenizer.encode_batch([document.text for document in found], continued=continued)
@@ -82,6 +88,8 @@ def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
         val_text=b"".join(document.text.encode() for document in found if document.held_out),
         replaced=sum(document.replaced for document in found),
         replaced_documents=sum(document.replaced > 0 for document in found),
+        bad_records=len(bad),
+        first_bad=bad[:SHOWN_BAD],
     )
 
 
@@ -190,6 +198,8 @@ def _pack(result: Tokenized) -> tuple[dict, list[bytes]]:
         "sizes": [len(buffer) for buffer in buffers],
         "replaced": result.replaced,
         "replaced_documents": result.replaced_documents,
+        "bad_records": result.bad_records,
+        "first_bad": result.first_bad,
     }
     return header, buffers
 
@@ -213,6 +223,8 @@ def _unpack(header: dict, payload: bytes) -> Tokenized:
         val_text=buffers[-1],
         replaced=header["replaced"],
         replaced_documents=header["replaced_documents"],
+        bad_records=header["bad_records"],
+        first_bad=header["first_bad"],
     )
 
 

@@ -4,16 +4,17 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from meshgpt.data.documents import Fragment
 from meshgpt.data.files import chunks, file_sha256, write_atomically
 from meshgpt.data.sources import Position, ReadBlock
-from meshgpt.data.worker import DOCUMENT, SPLITS, SplitPart, Tokenized
+from meshgpt.data.worker import DOCUMENT, SHOWN_BAD, SPLITS, SplitPart, Tokenized
 
 JOURNAL = "journal.json"
 SOURCES = "sources.jsonl"
@@ -23,10 +24,14 @@ GZIP_BYTES = 64 << 20  # of the held-out text that gzip is tried on: at 20 MB/s 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What was counted on the way."""
+    """What was counted on the way; first_bad: what was wrong with the first bad records."""
 
     replaced: int = 0
     replaced_documents: int = 0
+    bad_records: int = 0
+    first_bad: tuple[str, ...] = ()
+    duplicates: int = 0
+    duplicate_bytes: int = 0
 
 
 class Appender:
@@ -89,7 +94,12 @@ class SplitWriter:
     def num_documents(self) -> int:
         return self._table.size // DOCUMENT.itemsize
 
-    def append(self, part: SplitPart, *, closes: bool, digest: str | None) -> None:
+    def digests(self) -> Iterator[bytes]:
+        """`document_digest` of every document so far."""
+        self._table.sync()
+        yield from (row.tobytes() for row in np.fromfile(self._table.path, DOCUMENT)["digest"])
+
+    def append(self, part: SplitPart, *, closes: bool) -> None:
         """Adds a block's part; when it does not close its document, the row waits for the part that does."""
         start = self.num_tokens
         data = memoryview(part.tokens)
@@ -110,8 +120,6 @@ class SplitWriter:
         if len(rows) and self._open_bytes:
             rows["bytes"][0] += self._open_bytes
             self._open_bytes = 0
-        if len(rows) and digest is not None:
-            rows["digest"][0] = np.frombuffer(bytes.fromhex(digest), "<u8")
         self._table.append(rows.tobytes())
 
     def commit(self) -> dict[str, Any]:
@@ -167,17 +175,22 @@ class SplitWriter:
 class StoreWriter:
     """Both splits, the list of source files, and the journal that says how far everything is."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int, deduplicate: bool):
         self._folder = folder
+        self._dtype = dtype
         journal = folder / JOURNAL
         state = json.loads(journal.read_text()) if journal.exists() else None
         self.position = Position() if state is None else Position(**state["position"])
-        self.counts = Counts() if state is None else Counts(**state["counts"])
+        self.counts = Counts() if state is None else _counts(state["counts"])
         splits = dict.fromkeys(SPLITS) if state is None else state["splits"]
         self._splits = {split: SplitWriter(folder, split, dtype, shard_tokens, splits[split]) for split in SPLITS}
         self._sources = Appender(folder / SOURCES, 0 if state is None else state["sources_size"])
         self._val_text = Appender(folder / "val.text", 0 if state is None else state["val_text_size"])
         self._between_documents = True
+        self._dropping = False  # the long document that is being read
+        self._seen: set[bytes] | None = None
+        if deduplicate:
+            self._seen = {digest for split in self._splits.values() for digest in split.digests()}
 
     @property
     def num_tokens(self) -> int:
@@ -187,17 +200,46 @@ class StoreWriter:
         """Adds the next block."""
         fragment = read.block.fragment
         self._between_documents = fragment is None or fragment.closes
+        if self._seen is not None:
+            result = self._without_duplicates(result, fragment, self._seen)
         for split in SPLITS:
-            digest = None if fragment is None else fragment.digest
-            self._splits[split].append(result.parts[split], closes=self._between_documents, digest=digest)
+            self._splits[split].append(result.parts[split], closes=self._between_documents)
         self._val_text.append(result.val_text[: GZIP_BYTES - self._val_text.size])
         for digest in read.finished:
             self._sources.append(json.dumps(asdict(digest), ensure_ascii=False).encode() + b"\n")
         self.counts = Counts(
             replaced=self.counts.replaced + result.replaced,
             replaced_documents=self.counts.replaced_documents + result.replaced_documents,
+            bad_records=self.counts.bad_records + result.bad_records,
+            first_bad=(*self.counts.first_bad, *result.first_bad)[:SHOWN_BAD],
+            duplicates=self.counts.duplicates,
+            duplicate_bytes=self.counts.duplicate_bytes,
         )
         self.position = read.after
+
+    def _without_duplicates(self, result: Tokenized, fragment: Fragment | None, seen: set[bytes]) -> Tokenized:
+        """A block's documents less those that came before; of a long one, all fragments or none."""
+        if fragment is not None:
+            digest = bytes.fromhex(fragment.digest)
+            self._dropping = digest in seen if fragment.opens else self._dropping
+            if not self._dropping:
+                seen.add(digest)
+                return result
+        parts, kept_val = {}, np.empty(0, bool)
+        for split, part in result.parts.items():
+            digests = [row.tobytes() for row in part.documents["digest"]]
+            kept_val = np.array([fragment is None and not (d in seen or seen.add(d)) for d in digests], bool)
+            parts[split] = _select(part, kept_val, self._dtype)
+            dropped = part.documents["bytes"][~kept_val]
+            closed = len(dropped) if fragment is None else len(dropped) * fragment.closes
+            self.counts = replace(
+                self.counts,
+                duplicates=self.counts.duplicates + closed,
+                duplicate_bytes=self.counts.duplicate_bytes + int(dropped.sum()),
+            )
+        sizes = result.parts["val"].documents["bytes"]
+        text = _take(result.val_text, np.cumsum(sizes), kept_val)
+        return replace(result, parts=parts, val_text=text)
 
     def commit(self) -> None:
         """Makes everything so far survive a crash; does nothing in the middle of a document."""
@@ -235,13 +277,31 @@ class StoreWriter:
         return {
             "splits": splits,
             "sources": {"file": SOURCES, "sha256": self._sources.sha256},
-            "replaced": asdict(self.counts),
+            "counts": asdict(self.counts),
         }
 
     def remove_work_files(self) -> None:
         """To be called once the index is written."""
         for name in (JOURNAL, "val.text", *(f"{split}.documents" for split in SPLITS)):
             (self._folder / name).unlink(missing_ok=True)
+
+
+def _counts(state: dict[str, Any]) -> Counts:
+    return Counts(**{**state, "first_bad": tuple(state["first_bad"])})
+
+
+def _select(part: SplitPart, kept: np.ndarray, dtype: np.dtype) -> SplitPart:
+    """The documents of a part that are kept."""
+    ends = part.documents["end"]
+    rows = part.documents[kept].copy()
+    rows["end"] = np.cumsum(np.diff(ends, prepend=0)[kept])
+    return SplitPart(tokens=_take(part.tokens, ends * dtype.itemsize, kept), documents=rows)
+
+
+def _take(data: bytes, ends: np.ndarray, kept: np.ndarray) -> bytes:
+    """Of consecutive pieces that end at `ends`, those that are kept."""
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    return b"".join(data[int(start) : int(end)] for start, end in zip(starts[kept], ends[kept], strict=True))
 
 
 def gzip_size(path: Path, on_progress: Callable[[int, int], None]) -> int:
