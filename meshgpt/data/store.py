@@ -113,10 +113,13 @@ class Split:
         name = self._source_names[row["file"]]
         return f"{name}:{row['record']}" if row["record"] else name
 
+    def document_range(self, number: int) -> tuple[int, int]:
+        """Where a document's tokens lie, with the end-of-text id."""
+        return int(self.documents["end"][number - 1]) if number else 0, int(self.documents["end"][number])
+
     def document_tokens(self, number: int) -> np.ndarray:
         """A document's tokens, with the end-of-text id."""
-        start = int(self.documents["end"][number - 1]) if number else 0
-        return self.tokens(start, int(self.documents["end"][number]))
+        return self.tokens(*self.document_range(number))
 
     def verify(self) -> None:
         """Reads everything and compares digests.
