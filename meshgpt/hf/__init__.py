@@ -10,10 +10,11 @@ from meshgpt.hf.mtj_write import export_mtj
 from meshgpt.hf.read import load
 from meshgpt.hf.source import Source, open_source
 from meshgpt.hf.surgery import Surgery
-from meshgpt.hf.verify import Probe, Verdict, read_back
+from meshgpt.hf.verify import PROBE_COMPILER_OPTIONS, Probe, Verdict, read_back
 from meshgpt.hf.write import export
 
 __all__ = [
+    "PROBE_COMPILER_OPTIONS",
     "ModelConfig",
     "Moments",
     "Probe",

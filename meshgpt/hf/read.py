@@ -97,7 +97,8 @@ def _place(tensors: Tensors, holders: list[Stored], path: str, leaf: jax.ShapeDt
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
     for layer, holder in enumerate(holders):
         part = _read(tensors, holder, path, leaf.shape[1:], of_one_layer, leaf.dtype)
-        stack = _set_layer(stack, part, layer)
+        # Waited for, or the host runs ahead and holds the parts of many layers.
+        stack = jax.block_until_ready(_set_layer(stack, part, layer))
     return stack
 
 
