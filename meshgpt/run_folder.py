@@ -53,6 +53,10 @@ class RunFolder:
         """The step of the samples, the export and the loss curve; None before there are any."""
         return self._read_record().get("finished_step") if self.record.is_file() else None
 
+    def record_run(self, run: Run, command: str) -> None:
+        """Writes `run.json`: what is done here from now on."""
+        self._write_record(_record(run, command) | {"finished_step": self.finished_step()})
+
     def mark_finished(self, step: int) -> None:
         """Says that everything that a run leaves at its end is there, as of `step`."""
         self._write_record(self._read_record() | {"finished_step": step})
@@ -70,7 +74,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, run: Run, command: str, report: Callable[[str], None]) -> Iterator[None]:
-        """Makes the folder this run's, for this process alone, and writes `run.json`.
+        """Makes the folder this run's, for this process alone. An earlier `run.json` stays until `record_run`.
 
         Raises:
           UserError: another process is at work here; the folder holds something else, or a run whose configuration
@@ -96,7 +100,8 @@ class RunFolder:
             elif run.resume == "must":
                 raise UserError(f"--resume must: {self.path} holds no run to go on with")
             self._check_nothing_else()
-            self._write_record(_record(run, command) | {"finished_step": self.finished_step()})
+            if not self.record.is_file():
+                self.record_run(run, command)
             yield
 
     @contextmanager

@@ -49,12 +49,13 @@ def train(run: Run, command: str = "") -> None:
         data = open_run_data(run, folder)
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
-        if jax.process_index() == 0:
-            tokenizer.save(folder.tokenizer)
-            data.write_ledger(folder.ledger)
         loop = Loop.build(run, mesh, data)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
             state = start_state(loop, checkpoints, say)
+            if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
+                folder.record_run(run, command)
+                tokenizer.save(folder.tokenizer)
+                data.write_ledger(folder.ledger)
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return
