@@ -1,4 +1,4 @@
-"""Rows from the host to their devices.
+"""Rows from the host to their devices, and back.
 
 Legend: A accumulated microbatches, M rows of a microbatch over all devices, T tokens.
 """
@@ -7,9 +7,15 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from meshgpt.axes import spec
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of x on the host, of every process; all of them have to ask for it."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 class Feed:

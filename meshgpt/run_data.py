@@ -125,6 +125,14 @@ def open_run_data(run: Run, folder: RunFolder) -> RunData:
     )
 
 
+def without_preparing(run: Run, folder: RunFolder) -> Run:
+    """The same run for a process that finds the store prepared, by process 0."""
+    if run.data.prepare is None or run.data.store or run.data.mixture:
+        return run
+    store = run.data.prepare.out or str(folder.data)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, store=store, prepare=None))
+
+
 def _cut(run: Run, store: Store) -> Records:
     if run.data.packing == "best_fit":
         return Packed(store, store.split("train"), run.sequence_length)

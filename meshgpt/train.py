@@ -12,21 +12,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from meshgpt import recipe, runtime, scaling
+from meshgpt import hosts, recipe, runtime, scaling
 from meshgpt.axes import make_mesh
 from meshgpt.checkpoint import Checkpointer
-from meshgpt.config import Run, to_json
+from meshgpt.config import Run, differences, to_json
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
 from meshgpt.models import Model, check_divisibility
-from meshgpt.run_data import RunData, open_run_data
+from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
@@ -45,8 +45,10 @@ def train(run: Run, command: str = "") -> None:
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say = _say if jax.process_index() == 0 else _silent
-    with folder.claimed(run, command, say), jax.set_mesh(mesh):
-        data = open_run_data(run, folder)
+    with claimed(folder, run, command, say), jax.set_mesh(mesh):
+        data = hosts.first_then_others(
+            lambda: open_run_data(run, folder), lambda: open_run_data(without_preparing(run, folder), folder)
+        )
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
         loop = Loop.build(run, mesh, data)
@@ -68,6 +70,15 @@ def train(run: Run, command: str = "") -> None:
         finish(run, folder, loop.model, state.params, tokenizer, data.first_store, say)
         if jax.process_index() == 0:
             folder.mark_finished(step)
+
+
+@contextmanager
+def claimed(folder: RunFolder, run: Run, command: str, say: Callable[[str], None]) -> Iterator[None]:
+    """`RunFolder.claimed` by process 0, for all."""
+    with ExitStack() as held:
+        hosts.first_then_others(lambda: held.enter_context(folder.claimed(run, command, say)), lambda: None)
+        hosts.check_shared(folder.record)
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,7 +155,7 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
                     log(evaluate(loop, state.params))
             if step % run.checkpointing.every == 0 and not last:
                 checkpoints.save(step, state.items(), loop.metadata)
-            if stop() or figures.bad_in_a_row >= run.max_bad_steps:
+            if stop(step) or figures.bad_in_a_row >= run.max_bad_steps:
                 break
         figures.flush()
     if figures.bad_in_a_row >= run.max_bad_steps:
@@ -245,8 +256,14 @@ class Figures:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that is True once SIGINT or SIGTERM came. A second SIGINT interrupts at once."""
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step that is True once SIGINT or SIGTERM came. A second SIGINT interrupts at once.
+
+    Of several processes all stop after the same step, whichever got the signal; JAX receives it there.
+    """
+    if hosts.several():
+        yield hosts.asked_to_stop
+        return
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
@@ -257,7 +274,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield lambda step: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -299,11 +316,14 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m meshg
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
-        run = recipe.parse(arguments, program)
+        flags, rest = hosts.take_flags(arguments)
+        run = recipe.parse(rest, program)
         runtime.start()
-        train(run, f"{program} {shlex.join(arguments)}")
+        with hosts.joined(hosts.placement(flags), _say):
+            hosts.check_agreement(to_json(run), differences)
+            train(run, f"{program} {shlex.join(rest)}")
 
-    return exit_code(command)
+    return hosts.leave(exit_code(command))
 
 
 if __name__ == "__main__":

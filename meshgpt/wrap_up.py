@@ -49,7 +49,8 @@ def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, token
         for number, (prompt, several) in enumerate(zip(run.samples.prompts, texts, strict=True), start=1)
         for text in several
     ]
-    folder.samples.write_text("\n".join(blocks), encoding="utf-8")
+    if jax.process_index() == 0:
+        folder.samples.write_text("\n".join(blocks), encoding="utf-8")
     return "\n".join(blocks)
 
 
@@ -62,7 +63,8 @@ def probe(model: Model, tokens: np.ndarray) -> hf.Probe:
     @jax.jit
     def logits(params: Tree, tokens_BT: jax.Array) -> jax.Array:
         decoder = model.bind(params)
-        return decoder.logits(decoder.hidden(tokens_BT))
+        # On every device, so that each of several processes can read all of them.
+        return jax.sharding.reshard(decoder.logits(decoder.hidden(tokens_BT)), spec("_ _ _"))
 
     def placed(params: Tree, tokens_BT: np.ndarray) -> jax.Array:
         return logits(params, jax.device_put(tokens_BT, spec("batch seq")))
@@ -90,7 +92,8 @@ def finish(
         say(write_samples(run, folder, model, params, tokenizer))
     if run.export != "none":
         say(f"export: {export_run(run, folder, model, params, tokenizer, store)}")
-    say(summary(run, folder))
+    if jax.process_index() == 0:
+        say(summary(run, folder))
 
 
 def summary(run: Run, folder: RunFolder) -> str:
