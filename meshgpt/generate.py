@@ -17,6 +17,7 @@ from flax import nnx
 from meshgpt.axes import spec
 from meshgpt.decoder import Decoder, single_blocks
 from meshgpt.errors import UserError
+from meshgpt.feed import fetch
 from meshgpt.layers import LayerCache, weight
 from meshgpt.models import Model
 from meshgpt.tokenizer import Tokenizer
@@ -142,16 +143,16 @@ class Generator:
         knobs = _knobs(sampling, eot_id)
         tokens_PT, lengths_P = _padded(prompts, _power(longest, shape.n_positions), shards)
         out_RC, state = _prefill(self._decoder, tokens_PT, lengths_P, rows, done_R, knobs, slots)
-        found = [np.asarray(out_RC)]
-        while not (done_R := np.asarray(state.done_R)).all():
-            used = int((rows.length_R + np.asarray(state.drawn_R) - 1)[~done_R].max())
+        found = [fetch(out_RC)]
+        while not (done_R := fetch(state.done_R)).all():
+            used = int((rows.length_R + fetch(state.drawn_R) - 1)[~done_R].max())
             if used == slots:
                 slots = _slots(used + 1, last, shape.n_positions)
                 state = _grow(state, slots)
             steps = min(CHUNK, slots - used)
             out_RC, state = _decode(self._decoder, rows, knobs, state, np.int32(steps))
-            found.append(np.asarray(out_RC)[:, :steps])
-        return _collected(np.concatenate(found, 1), np.asarray(state.drawn_R), len(prompts), sampling.samples, eot_id)
+            found.append(fetch(out_RC)[:, :steps])
+        return _collected(np.concatenate(found, 1), fetch(state.drawn_R), len(prompts), sampling.samples, eot_id)
 
 
 def _checked(prompts: list[list[int]], vocab_size: int, n_positions: int, eot_id: int | None) -> list[list[int]]:
