@@ -71,7 +71,7 @@ class Run:
     eval_every: int = 250
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
-    """At most so many batches an evaluation; 0 takes the whole held-out text."""
+    """At most so many global batches an evaluation; 0 takes the whole held-out text."""
     log_every: int = 10
     """Steps between lines of metrics."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -174,7 +174,8 @@ def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
     assert validation is not None
     feed = Feed(loop.mesh, 1, validation.global_batch)
     count = len(validation)
-    count = min(count, loop.run.eval_batches) if loop.run.eval_batches else count
+    if loop.run.eval_batches:
+        count = min(count, loop.run.eval_batches * loop.run.accumulate)
     sums = []
     for batch in range(count):
         tokens, weights = (feed.place(part)[0] for part in validation.rows(batch, feed.rows))

@@ -113,20 +113,22 @@ class Workshop:
 
     @contextlib.contextmanager
     def cached(self) -> Iterator[None]:
-        """This process's compilations go through the cache too."""
-        before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", _MIN_TIME)}
+        """This process's compilations go through the cache too, and are quick ones."""
+        wanted = {
+            "jax_compilation_cache_dir": str(self.folder / "xla"),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_disable_most_optimizations": True,
+        }
+        before = {name: jax.config.values[name] for name in wanted}
         try:
-            jax.config.update("jax_compilation_cache_dir", str(self.folder / "xla"))
-            jax.config.update(_MIN_TIME, 0.0)
+            for name, value in wanted.items():
+                jax.config.update(name, value)
             compilation_cache.reset_cache()
             yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
-
-
-_MIN_TIME = "jax_persistent_cache_min_compile_time_secs"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,15 +132,18 @@ def test_sigint_and_sigterm_save_and_say_how_to_go_on(workshop: Workshop, tmp_pa
     assert_same_end(run, whole, 400)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1), (1, 2, 4)], ids=str)
-def test_a_run_goes_on_on_another_mesh(here: Here, on_eight: Path, tmp_path: Path, mesh: tuple[int, int, int]):
+@pytest.mark.parametrize(("mesh", "accumulate"), [((2, 2, 2), 1), ((1, 8, 1), 1), ((2, 1, 4), 4)], ids=str)
+def test_a_run_goes_on_on_another_mesh(
+    here: Here, on_eight: Path, tmp_path: Path, mesh: tuple[int, int, int], accumulate: int
+):
     run = copied(on_eight, tmp_path / "run")
     drop_checkpoint(run, 20)
     shape = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    ended = here.train(here.workshop.recipe(tmp_path), "--run-dir", run, *shape, "--accumulate", 1)
+    flags = (*shape, "--accumulate", accumulate, "--export", "none", "--samples.prompts")
+    ended = here.train(here.workshop.recipe(tmp_path), "--run-dir", run, *flags)
     assert ended.code == 0, ended
     assert "resuming from step 15" in ended.out
-    assert "resuming with mesh.tensor" in ended.out or mesh[2] == 1
+    assert f"resuming with mesh.data {mesh[0]} (was -1)" in ended.out
     for (step, loss, val), (same, expected, val_expected) in zip(runs.losses(run), runs.losses(on_eight), strict=True):
         assert step == same
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -249,16 +252,15 @@ def test_other_tokens_are_refused_and_a_store_may_move(here: Here, on_eight: Pat
     other = tmp_path / "other"
     make_store(other, workshop.texts / "ast.txt", tokenizer=str(workshop.store / "tokenizer"), val_fraction=0.0)
     ended = here.train(workshop.recipe(tmp_path, store=other), "--run-dir", run, "--steps", 30)
-    ended.refused("step 20", "--data.store", "--resume never")
+    ended.refused("step 20", str(other), "give the store it was trained on", "--resume never")
+    assert RunFolder(run).read_run().data.store == str(moved), "a refusal leaves the record as it was"
 
 
 def test_nothing_is_locked_before_the_first_checkpoint(here: Here, tmp_path: Path):
     """What the remedies of the first mistakes ask for must be possible in the same folder."""
     recipe, run = here.workshop.recipe(tmp_path), tmp_path / "run"
-    few = ("--steps", 5, "--export", "none", "--samples.prompts")
-    ended = here.train(recipe, "--run-dir", run, "--model.vocab-size", 300, *few)
-    ended.refused("320", "300", "--model.vocab-size 320")
-    assert here.train(recipe, "--run-dir", run, "--model.vocab-size", 330, *few).code == 0
+    here.train(recipe, "--run-dir", run, "--model.vocab-size", 300).refused("320", "300", "--model.vocab-size 320")
+    assert here.train(recipe, "--run-dir", run).code == 0
 
 
 def test_two_trainers_on_one_folder_are_refused(here: Here, on_eight: Path, tmp_path: Path):
@@ -297,7 +299,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, dict, list[str]]]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-        yield folder, {}, ["mount", "-o", "remount,size=64m", str(folder)]
+        yield folder, {}, ["mount", "-o", "remount,size=256m", str(folder)]
         subprocess.run(["umount", str(folder)], check=True)
     else:
         limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
@@ -325,34 +327,21 @@ def test_preparing_belongs_to_the_run(here: Here, tmp_path: Path):
     wanted = f"Prepare({sources}, out='', {trained}, val_fraction=0.2, workers=1)"
     text = text.replace("store=" + repr(str(here.workshop.store)), f"prepare={wanted}")
     recipe.write_text("from meshgpt.data.prepare import Prepare\n" + text)
-    few = ("--run-dir", run, "--steps", 5, "--export", "none", "--samples.prompts")
+    few = ("--run-dir", run, "--export", "none", "--samples.prompts")
     assert here.train(recipe, *few).code == 0
     assert (run / "data" / "index.json").exists()
     ended = here.train(recipe, *few, "--resume", "never", "--data.prepare.val-fraction", 0.3)
-    ended.refused("val_fraction was 0.2, now 0.3", "pass --data.prepare.overwrite")
+    ended.refused("val_fraction was 0.2, now 0.3", "--data.prepare.overwrite")
     assert here.train(recipe, *few, "--resume", "auto").code == 0
 
 
 def test_text_without_a_held_out_part_trains_and_exports(here: Here, tmp_path: Path):
     tokenizer = str(here.workshop.store / "tokenizer")
     store = make_store(tmp_path / "store", here.workshop.texts / "ast.txt", tokenizer=tokenizer, val_fraction=0.0)
-    ended = here.train(here.workshop.recipe(tmp_path, store=store), "--run-dir", tmp_path / "run", "--steps", 5)
+    ended = here.train(here.workshop.recipe(tmp_path, store=store), "--run-dir", tmp_path / "run")
     assert ended.code == 0, ended
     assert (tmp_path / "run/export/model.safetensors").exists()
     assert not any("val_loss" in row for row in runs.rows(tmp_path / "run"))
-
-
-def test_accumulation_is_the_large_batch(here: Here, on_eight: Path, tmp_path: Path):
-    few = ("--run-dir", tmp_path / "run", "--export", "none", "--samples.prompts", "--mesh.data=1", "--mesh.tensor=8")
-    model = ("--model.n-heads", 8, "--model.rotary-dim", 4)
-    ended = here.train(here.workshop.recipe(tmp_path), *few, *model, "--accumulate", 4)
-    assert ended.code == 0, ended
-    again = ("--run-dir", tmp_path / "again", *few[2:])
-    assert here.train(here.workshop.recipe(tmp_path), *again, *model).code == 0
-    for (_, loss, _), (_, expected, _) in zip(
-        runs.losses(tmp_path / "run"), runs.losses(tmp_path / "again"), strict=True
-    ):
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_the_common_flags_are_there(here: Here, tmp_path: Path):
