@@ -1,6 +1,7 @@
 """Hugging Face in and out: peak memory and speed, beside a plain save and load of transformers.
 
     python benchmarks/convert.py gpt2-xl            # 3 GB in bfloat16, about a minute on two cores
+    python benchmarks/convert.py gptj-8-layers      # 4 GB; GPT-J 6B but for its depth, on which no excess depends
     python benchmarks/convert.py gptj-6b            # 12 GB on disk and in memory: wants 20 GB of RAM, 40 GB of disk
 
 Every task runs in a process of its own on one device. Random weights are made first, in bfloat16. What counts, in GiB:
@@ -25,6 +26,7 @@ from typing import TypedDict
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-xl": {"model_type": "gpt2", "n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "gptj-8-layers": {"model_type": "gptj", "n_layer": 8, "n_head": 16, "n_embd": 4096, "rotary_dim": 64},
     "gptj-6b": {"model_type": "gptj", "n_layer": 28, "n_head": 16, "n_embd": 4096, "rotary_dim": 64},
 }
 TASKS = ("import", "export", "load of transformers", "save of transformers")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from meshgpt import trees
+from meshgpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,13 +19,32 @@ class Moments:
     count: int
 
     def into(self, opt_state: trees.Tree) -> trees.Tree:
-        """`opt_state` with these moments in the place of the ones of its `optax.scale_by_adam`."""
+        """`opt_state` with these moments in the place of its own (those of an `optax.ScaleByAdamState`).
 
-        def put(node: object) -> object:
-            if not isinstance(node, optax.ScaleByAdamState):
-                return node
-            assert isinstance(node.count, jax.Array), "the optimizer's state is not on devices"
-            count = jax.device_put(jnp.asarray(self.count, node.count.dtype), node.count.sharding)
-            return optax.ScaleByAdamState(count=count, mu=self.mu, nu=self.nu)
+        Raises:
+          UserError: the optimizer is not Adam, or keeps its moments in another form.
+        """
+        nodes, structure = jax.tree.flatten(opt_state, is_leaf=_is_adam)
+        if not any(map(_is_adam, nodes)):
+            raise UserError("the optimizer has no moments of Adam's to go on from: continue with AdamW")
+        return jax.tree.unflatten(structure, [self._put(node) if _is_adam(node) else node for node in nodes])
 
-        return jax.tree.map(put, opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+    def _put(self, old: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        for mine, other in ((self.mu, old.mu), (self.nu, old.nu)):
+            found, wanted = _forms(mine), _forms(other)
+            if found.keys() != wanted.keys():
+                raise UserError("the optimizer keeps its moments in fewer bits than these have: continue with AdamW")
+            for name, form in found.items():
+                if form != wanted[name]:
+                    raise UserError(f"the moment of {name} is {form}, and the optimizer keeps {wanted[name]}")
+        assert isinstance(old.count, jax.Array), "the optimizer's state is not on devices"
+        count = jax.device_put(jnp.asarray(self.count, old.count.dtype), old.count.sharding)
+        return optax.ScaleByAdamState(count=count, mu=self.mu, nu=self.nu)
+
+
+def _is_adam(node: object) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _forms(tree: trees.Tree) -> dict[str, str]:
+    return {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in trees.leaves_with_names(tree)}
