@@ -37,6 +37,12 @@ def _report(arguments: Sequence[str]) -> None:
     report(arguments)
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    from meshgpt.plan import plan
+
+    plan(arguments)
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
@@ -51,6 +57,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
+    "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),
 }
 
