@@ -1,189 +1,233 @@
-"""Optimizers and learning-rate schedules, as optax gradient transformations.
+"""Optimizers, as optax gradient transformations, each a dataclass that a recipe's `optim` may be.
 
 An optimizer here is a direction: the transformation that turns a mean gradient into an update of size one. `step`
-clips before it and multiplies by the learning rate of the step after it, so that both are said once, for all.
+clips before it and multiplies by the learning rate of the step after it, so that both are said once, for all. A
+direction's `update` takes `finite`, a scalar: where it is False the state stays as it was.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from meshgpt import quant
+from meshgpt.adafactor import Adafactor as FactoredMoment
+from meshgpt.adam import Adam
 from meshgpt.errors import UserError
-from meshgpt.trees import Tree, mask
+from meshgpt.formats import Blocks, Format, Plain, RowsAndColumns
+from meshgpt.muon import OrthogonalMomentum
+from meshgpt.schedules import (
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    Piece,
+    Piecewise,
+    Schedule,
+    learning_rate_schedule,
+)
+from meshgpt.trees import MATRIX, Tree, map_with_names, mask
 
-# Biases, and the scales of norms, are not decayed (every tensor of rank > 1 in the unstacked model is).
-DECAYED = r"(?<!_bias)_(?!D$)[A-Z]{2,}$"
+# A recipe takes optimizers and their schedules from here.
+__all__ = [
+    "Adafactor", "AdamW", "AdamW4bit", "AdamW8bit", "Common", "Constant", "Cosine", "InverseSqrt", "Linear", "Lion",
+    "Muon", "Optimizer", "Piece", "Piecewise", "Schedule", "decayed", "learning_rate",
+]  # fmt: skip
 
+FloatName: TypeAlias = Literal["float32", "bfloat16"]
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine:
-    """From the peak to `final` x peak along half a cosine over `steps` (None: to the run's last step), then constant.
-
-    lr = peak * (final + (1 - final) * (1 + cos(pi t / steps)) / 2)   (Loshchilov and Hutter 2017, without restarts)
-    """
-
-    final: float = 0.1
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_decay(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear:
-    """From the peak to `final` x peak in a straight line over `steps` (None: to the run's last step), then constant."""
-
-    final: float = 0.0
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_decay(self)
-
-
-def _check_decay(schedule: Cosine | Linear) -> None:
-    if schedule.final < 0 or (schedule.steps is not None and schedule.steps < 1):
-        raise UserError(f"{schedule}: give final=0 or more, and at least one step")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constant:
-    """The peak, for ever."""
+# (what holds, said in words), by field.
+_LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "peak_lr": (lambda x: x > 0, "above 0"),
+    "warmup_steps": (lambda x: x >= 0, "0 or more"),
+    "clip_norm": (lambda x: x >= 0, "0 (never clip) or more"),
+    "weight_decay": (lambda x: x >= 0, "0 or more"),
+    "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "eps": (lambda x: x > 0, "above 0"),
+    "decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "clip_rms": (lambda x: x > 0, "above 0"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InverseSqrt:
-    """peak * sqrt(w / (w + t)), t steps after a warmup of w (at least 1) steps (Vaswani et al. 2017, section 5.3)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """`steps` on the way to `to` x peak, from wherever the piece before ended ("constant" jumps there at once)."""
-
-    steps: int
-    to: float
-    shape: Literal["linear", "cosine", "constant"] = "linear"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"a schedule's piece of {self.steps} steps: give at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piecewise:
-    """One piece after another, the first from `start` x peak; constant after the last."""
-
-    pieces: tuple[Piece, ...]
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.pieces:
-            raise UserError("a piecewise schedule of no pieces: give at least one")
-
-
-Schedule: TypeAlias = Cosine | Linear | Constant | InverseSqrt | Piecewise
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
-
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps) + weight_decay * p
-    p = p - lr u, with m' and v' corrected for their start at 0; no decay of biases and norms.
+class Common(abc.ABC):
+    """What every optimizer has.
 
     peak_lr, warmup_steps: the learning rate rises linearly from 0 over the warmup, then follows `schedule`.
-    clip_norm: gradients are scaled down to this global norm (0: never). moment_dtype: of the first moment.
+    clip_norm: gradients are scaled down to this global norm (0: never). weight_decay: decoupled, p -= lr weight_decay p
+    (Loshchilov and Hutter 2019), of matrices and embeddings, not of biases and norms.
     """
 
     peak_lr: float = 6e-4
     warmup_steps: int = 100
     schedule: Schedule = Cosine()
+    clip_norm: float = 1.0
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            holds, wanted = _LIMITS.get(field.name, (None, ""))
+            value = getattr(self, field.name)
+            if holds is not None and not holds(value):
+                raise UserError(f"optim.{field.name}={value}: give a number {wanted}")
+
+    @abc.abstractmethod
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        """The update's direction, before the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Common):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps) + weight_decay * p
+    p = p - lr u, with m' and v' corrected for their start at 0; no decay of biases and norms.
+
+    moment_dtype: of m. second_moment_dtype: of v; with bfloat16, b2 is at most 0.99, as smaller changes would be lost.
+    """
+
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: FloatName = "float32"
+    second_moment_dtype: FloatName = "float32"
 
-    def __post_init__(self) -> None:
-        limits = {
-            "peak_lr": (self.peak_lr > 0, "above 0"),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-            "b1": (0 <= self.b1 < 1, "in [0, 1)"),
-            "b2": (0 <= self.b2 < 1, "in [0, 1)"),
-            "eps": (self.eps > 0, "above 0"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "clip_norm": (self.clip_norm >= 0, "0 (never clip) or more"),
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        if self.second_moment_dtype == "bfloat16" and self.b2 > 0.99:
+            raise UserError(
+                f"optim.second_moment_dtype=bfloat16 keeps 8 bits, which lose steps of 1 - b2 = {1 - self.b2:.2g}: "
+                "give --optim.b2 0.99 or lower, or keep it in float32"
+            )
+        return _adamw(self, Plain(self.moment_dtype), Plain(self.second_moment_dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW8bit(Common):
+    """AdamW whose moments take 8 bits each: dynamic exponents, a scale a block of 256 (Dettmers et al. 2022)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _adamw(self, Blocks(quant.DYNAMIC_8, 256), Blocks(quant.DYNAMIC_8_UNSIGNED, 256))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW4bit(Common):
+    """AdamW whose moments take 4 bits each (Li, Chen and Zhu 2023, "4-bit AdamW").
+
+    The first: dynamic exponents, a scale a block of 128. The second: linear without zero, scaled by row and column.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _adamw(self, Blocks(quant.DYNAMIC_4, 128), RowsAndColumns(quant.LINEAR_4))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Common):
+    """No first moment, and the second as means over rows and columns (Shazeer and Stern 2018).
+
+    decay: the second moment's rate at step t is 1 - t^-decay. clip_rms: an update's root mean square is at most this.
+    """
+
+    decay: float = 0.8
+    eps: float = 1e-30
+    clip_rms: float = 1.0
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        moment = FactoredMoment(decay=self.decay, eps=self.eps, clip=self.clip_rms)
+        return _with_decay(self, moment.transformation())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Common):
+    """The sign of a momentum (Chen et al. 2023, algorithm 2); wants a third to a tenth of AdamW's peak_lr.
+
+    u = sign(b1 m + (1 - b1) g) + weight_decay * p;  m = b2 m + (1 - b2) g
+    """
+
+    peak_lr: float = 1e-4
+    weight_decay: float = 0.5
+    b1: float = 0.9
+    b2: float = 0.99
+    moment_dtype: FloatName = "float32"
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _with_decay(self, _held(optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.moment_dtype))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Common):
+    """Orthogonal momentum for the blocks' matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
+
+    beta: of Muon's momentum. b1, b2, eps: of AdamW. Both take one learning rate: Muon's update is made as large as
+    Adam's (Liu et al. 2025). A block's matrix is gathered for it, and every device computes the same.
+    """
+
+    beta: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        adam = Adam(self.b1, self.b2, self.eps, Plain("float32"), Plain("float32")).transformation()
+        parts: dict[Hashable, optax.GradientTransformation] = {
+            "muon": OrthogonalMomentum(self.beta).transformation(),
+            "adam": adam,
         }
-        for name, (holds, wanted) in limits.items():
-            if not holds:
-                raise UserError(f"optim.{name}={getattr(self, name)}: give a number {wanted}")
-
-    def direction(self) -> optax.GradientTransformation:
-        """The update's direction, before the learning rate."""
-        return optax.chain(
-            optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.moment_dtype),
-            optax.add_decayed_weights(self.weight_decay, mask=decayed),
-        )
+        return _with_decay(self, optax.partition(parts, _muon_or_adam))
 
 
-Optimizer: TypeAlias = AdamW
+Optimizer: TypeAlias = AdamW | AdamW8bit | AdamW4bit | Adafactor | Lion | Muon
 
 
 def decayed(params: Tree) -> Tree:
     """True for the tensors that weight decay applies to: matrices and embeddings, not biases and norms."""
-    return mask(params, DECAYED)
+    return mask(params, MATRIX)
 
 
-def learning_rate(optim: Optimizer, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+def learning_rate(optim: Optimizer, total_steps: int) -> optax.Schedule:
     """The learning rate of a step (0-based, an int32 scalar), a float32 scalar.
 
     Raises:
       UserError: when the warmup does not end before the run does.
     """
-    if isinstance(optim.schedule, Piecewise):
-        return _piecewise(optim.schedule, optim.peak_lr)
-    if optim.warmup_steps >= max(total_steps, 1) and optim.warmup_steps > 0:
-        raise UserError(
-            f"optim.warmup_steps={optim.warmup_steps} must be below the run's {total_steps} steps; "
-            f"for example --optim.warmup-steps {total_steps // 10}"
-        )
-    after = _after_warmup(optim.schedule, optim.peak_lr, max(optim.warmup_steps, 1), total_steps - optim.warmup_steps)
-    if optim.warmup_steps == 0:
-        return after
-    # The first step already moves: the rate of step t is that of t + 1 steps' worth of warmup.
-    warmup = optax.linear_schedule(optim.peak_lr / optim.warmup_steps, optim.peak_lr, optim.warmup_steps - 1)
-    return optax.join_schedules([warmup, after], [optim.warmup_steps])
+    return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps)
 
 
-def _after_warmup(schedule: Schedule, peak: float, warmup: int, remaining: int) -> optax.Schedule:
-    if isinstance(schedule, Cosine):
-        return optax.cosine_decay_schedule(peak, schedule.steps or max(remaining, 1), schedule.final)
-    if isinstance(schedule, Linear):
-        return optax.linear_schedule(peak, peak * schedule.final, schedule.steps or max(remaining, 1))
-    if isinstance(schedule, InverseSqrt):
-        return lambda t: peak * jnp.sqrt(warmup / (warmup + jnp.asarray(t, jnp.float32)))
-    return optax.constant_schedule(peak)
+def _adamw(
+    optim: "AdamW | AdamW8bit | AdamW4bit", first: Format, second: Format
+) -> optax.GradientTransformationExtraArgs:
+    return _with_decay(optim, Adam(optim.b1, optim.b2, optim.eps, first, second).transformation())
 
 
-def _piecewise(schedule: Piecewise, peak: float) -> optax.Schedule:
-    parts: list[optax.Schedule] = []
-    ends: list[int] = []
-    level, end = schedule.start * peak, 0
-    for piece in schedule.pieces:
-        target = piece.to * peak
-        parts.append(_ramp(piece, level, target))
-        level, end = target, end + piece.steps
-        ends.append(end)
-    return optax.join_schedules([*parts, optax.constant_schedule(level)], ends)
+def _with_decay(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(
+        optax.chain(direction, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
+    )
 
 
-def _ramp(piece: Piece, start: float, stop: float) -> optax.Schedule:
-    if piece.shape == "constant":
-        return optax.constant_schedule(stop)
-    if piece.shape == "linear":
-        return optax.linear_schedule(start, stop, piece.steps)
-    return lambda t: stop + (start - stop) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / piece.steps, 1.0)))
+def _held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state stays as it was where `finite` is False."""
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None, *, finite: jax.Array) -> tuple[Tree, Tree]:
+        updates, new = inner.update(updates, state, params)
+        return updates, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, cast(Any, update))
+
+
+def _muon_or_adam(params: Tree) -> Tree:
+    matrices = mask(params, rf"^blocks/.*{MATRIX}")
+    return map_with_names(lambda _, is_matrix: "muon" if is_matrix else "adam", matrices)

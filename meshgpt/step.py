@@ -89,18 +89,16 @@ def make_train_step(
         factor = clip / weight
         gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
-            updates, opt_state = direction.update(gradients, state.opt_state, state.params)
+            updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
             lr = jnp.asarray(rate(state.step), jnp.float32)
         params = jax.tree.map(lambda p, u: (p - lr.astype(u.dtype) * u).astype(p.dtype), state.params, updates)
 
-        def keep(new: Tree, old: Tree) -> Tree:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
+        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
         bad = jnp.where(finite, 0, 1)
         new = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             skipped=state.skipped + bad,
             streak=jnp.where(finite, 0, state.streak + 1),
         )

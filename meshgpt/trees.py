@@ -1,5 +1,7 @@
 """Trees of arrays by named path: `blocks/attn/q_DNH`."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -8,6 +10,9 @@ import jax
 import numpy as np
 
 Tree: TypeAlias = Any  # a pytree; JAX has no narrower type
+
+MATRIX = r"(?<!_bias)_([A-Z]{2,})$"
+"""The names of matrices; what it does not find is a bias or the scale of a norm."""
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -38,3 +43,37 @@ def count(tree: Tree) -> int:
 def nbytes(tree: Tree) -> int:
     """Bytes of all leaves, as if on one device."""
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """How the axes of a parameter group: up to `stack` the stacked layers, up to `rows_end` the rows, then columns.
+
+    A parameter's name ends in a letter for each axis of one layer's tensor; N and H, heads and head size, go together.
+    """
+
+    stack: int
+    rows_end: int
+
+    @staticmethod
+    def of(name: str, rank: int) -> "MatrixAxes | None":
+        """Those of the parameter `name` of `rank` axes; None for biases, scales of norms and names without letters."""
+        letters = re.search(MATRIX, name)
+        if letters is None or rank < len(letters[1]):
+            return None
+        return MatrixAxes(stack=rank - len(letters[1]), rows_end=rank - (2 if letters[1].endswith("NH") else 1))
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(stacked matrices, rows, columns) of a parameter, or of a device's part of it."""
+        return (
+            math.prod(shape[: self.stack]),
+            math.prod(shape[self.stack : self.rows_end]),
+            math.prod(shape[self.rows_end :]),
+        )
+
+
+def unzip(like: Tree, rows: Tree, count: int) -> tuple[Tree, ...]:
+    """`count` trees like `like` from one that has a tuple of as many at each of its leaves."""
+    structure = jax.tree.structure(like)
+    tuples = structure.flatten_up_to(rows)
+    return tuple(structure.unflatten([row[index] for row in tuples]) for index in range(count))

@@ -22,6 +22,8 @@ VOCAB = 97
 GPT2 = GPT2Config(vocab_size=VOCAB, n_positions=16, n_layers=2, n_heads=8, d_model=16, vocab_multiple=32)
 GPTJ = GPTJConfig(vocab_size=VOCAB, n_positions=16, n_layers=2, n_heads=8, d_model=32, rotary_dim=2, vocab_multiple=32)
 FAMILIES = [GPT2, GPTJ]
+# For what takes shapes alone.
+GPT2_124M = GPT2Config(vocab_size=50257, n_positions=1024, n_layers=12, n_heads=12, d_model=768)
 
 
 def name(config: ModelConfig) -> str:

@@ -1,0 +1,128 @@
+"""Learning-rate schedules: dataclasses, and what they mean in optax's terms."""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import jax.numpy as jnp
+import optax
+
+from meshgpt.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """From the peak to `final` x peak along half a cosine over `steps` (None: to the run's last step), then constant.
+
+    lr = peak * (final + (1 - final) * (1 + cos(pi t / steps)) / 2)   (Loshchilov and Hutter 2017, without restarts)
+    """
+
+    final: float = 0.1
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """From the peak to `final` x peak in a straight line over `steps` (None: to the run's last step), then constant."""
+
+    final: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_decay(self)
+
+
+def _check_decay(schedule: Cosine | Linear) -> None:
+    if schedule.final < 0 or (schedule.steps is not None and schedule.steps < 1):
+        raise UserError(f"{schedule}: give final=0 or more, and at least one step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constant:
+    """The peak, for ever."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InverseSqrt:
+    """peak * sqrt(w / (w + t)), t steps after a warmup of w (at least 1) steps (Vaswani et al. 2017, section 5.3)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """`steps` on the way to `to` x peak, from wherever the piece before ended ("constant" jumps there at once)."""
+
+    steps: int
+    to: float
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"a schedule's piece of {self.steps} steps: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piecewise:
+    """One piece after another, the first from `start` x peak; constant after the last."""
+
+    pieces: tuple[Piece, ...]
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            raise UserError("a piecewise schedule of no pieces: give at least one")
+
+
+Schedule: TypeAlias = Cosine | Linear | Constant | InverseSqrt | Piecewise
+
+
+def learning_rate_schedule(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """The learning rate of a step (0-based): a linear warmup to the peak, then `schedule`; `Piecewise` is all of it.
+
+    Raises:
+      UserError: when the warmup does not end before the run does.
+    """
+    if isinstance(schedule, Piecewise):
+        return _piecewise(schedule, peak)
+    if warmup_steps >= max(total_steps, 1) and warmup_steps > 0:
+        raise UserError(
+            f"optim.warmup_steps={warmup_steps} must be below the run's {total_steps} steps; "
+            f"for example --optim.warmup-steps {total_steps // 10}"
+        )
+    after = _after_warmup(schedule, peak, max(warmup_steps, 1), total_steps - warmup_steps)
+    if warmup_steps == 0:
+        return after
+    # The first step already moves: the rate of step t is that of t + 1 steps' worth of warmup.
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def _after_warmup(schedule: Schedule, peak: float, warmup: int, remaining: int) -> optax.Schedule:
+    if isinstance(schedule, Cosine):
+        return optax.cosine_decay_schedule(peak, schedule.steps or max(remaining, 1), schedule.final)
+    if isinstance(schedule, Linear):
+        return optax.linear_schedule(peak, peak * schedule.final, schedule.steps or max(remaining, 1))
+    if isinstance(schedule, InverseSqrt):
+        return lambda t: peak * jnp.sqrt(warmup / (warmup + jnp.asarray(t, jnp.float32)))
+    return optax.constant_schedule(peak)
+
+
+def _piecewise(schedule: Piecewise, peak: float) -> optax.Schedule:
+    parts: list[optax.Schedule] = []
+    ends: list[int] = []
+    level, end = schedule.start * peak, 0
+    for piece in schedule.pieces:
+        target = piece.to * peak
+        parts.append(_ramp(piece, level, target))
+        level, end = target, end + piece.steps
+        ends.append(end)
+    return optax.join_schedules([*parts, optax.constant_schedule(level)], ends)
+
+
+def _ramp(piece: Piece, start: float, stop: float) -> optax.Schedule:
+    if piece.shape == "constant":
+        return optax.constant_schedule(stop)
+    if piece.shape == "linear":
+        return optax.linear_schedule(start, stop, piece.steps)
+    return lambda t: stop + (start - stop) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / piece.steps, 1.0)))
