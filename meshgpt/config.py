@@ -10,7 +10,7 @@ from meshgpt.checkpoint import Checkpointing
 from meshgpt.data.mixture import Stage, check_stages
 from meshgpt.data.prepare import Prepare
 from meshgpt.errors import UserError
-from meshgpt.layers import Execution
+from meshgpt.layers import Execution, check_documents
 from meshgpt.loss import NextToken
 from meshgpt.models import GPT2Config, GPTJConfig
 from meshgpt.optim import AdamW, Optimizer
@@ -29,6 +29,8 @@ class Data:
     """Several stores, by weight or token budget, one stage after another; takes the place of `store` and `prepare`."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     """All documents end to end, cut every seq_len tokens; or whole documents side by side (`meshgpt data pack`)."""
+    mask_documents: bool = False
+    """Attention and positions stop at the ends of documents; proved by gradient on the run's first batch."""
 
     def __post_init__(self) -> None:
         if self.mixture and (self.store or self.prepare):
@@ -100,6 +102,8 @@ class Run:
                 f"--seq-len {self.seq_len} is above the model's {self.model.n_positions} positions: "
                 f"lower it, or raise --model.n-positions"
             )
+        if self.data.mask_documents:
+            check_documents(self.execution.attention)
         if self.global_batch % self.accumulate:
             raise UserError(
                 f"--global-batch {self.global_batch} cannot be cut into --accumulate {self.accumulate} equal parts; "

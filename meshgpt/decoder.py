@@ -95,15 +95,30 @@ class Decoder(nnx.Module, abc.ABC):
         table_VD = weight(self.wte_VD, jnp.float32)
         return table_VD.at[tokens_BT].get(out_sharding=spec("batch seq embed")).astype(self.dtype)
 
-    def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Hidden states after the final norm, (B, T, D). `key` turns dropout on."""
-        context = self.context(jnp.arange(tokens_BT.shape[1])[None], None, key)
-        x_BTD = self.embed(tokens_BT, context)
+    def hidden(self, tokens_BT: jax.Array, key: jax.Array | None = None, document_end: int | None = None) -> jax.Array:
+        """Hidden states after the final norm, (B, T, D).
+
+        Args:
+            key: turns dropout on.
+            document_end: the end-of-text id, where attention and positions are to stop at the ends of documents.
+        """
+        context = self.whole(tokens_BT, key, document_end)
+        return self.through(self.embed(tokens_BT, context), context)
+
+    def whole(self, tokens_BT: jax.Array, key: jax.Array | None, document_end: int | None) -> Context:
+        """The context of whole rows; arguments as in `hidden`."""
+        if document_end is None:
+            return self.context(jnp.arange(tokens_BT.shape[1])[None], None, key)
+        segments_BT, positions_BT = documents_of(tokens_BT, document_end)
+        return dataclasses.replace(self.context(positions_BT, None, key), segments_BT=segments_BT)
+
+    def through(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """Embedded tokens through all blocks and the final norm, (B, T, D)."""
 
         def block(one: nnx.Module, x: jax.Array, key: jax.Array | None) -> jax.Array:
             return one(x, dataclasses.replace(context, key=key), None)[0]
 
-        x_BTD = run_stack(block, self.blocks, x_BTD, key, self.shape.n_layers, self.execution)
+        x_BTD = run_stack(block, self.blocks, x_BTD, context.key, self.shape.n_layers, self.execution)
         return self.ln_f(x_BTD)
 
     def extend(
@@ -143,6 +158,17 @@ class Decoder(nnx.Module, abc.ABC):
         if head.bias_V is not None:
             y = y + head.bias_V.astype(jnp.float32)[None, None]
         return jnp.where(jnp.arange(y.shape[-1])[None, None] < head.vocab_size, y, -jnp.inf)
+
+
+def documents_of(tokens_BT: jax.Array, document_end: int) -> tuple[jax.Array, jax.Array]:
+    """(document, position in it) of each token of a row, (B, T) int32 each.
+
+    A document begins with the end-of-text token before it, from which its first token is predicted.
+    """
+    opens_BT = tokens_BT == document_end
+    slots_BT = jnp.where(opens_BT, jnp.arange(tokens_BT.shape[1])[None], 0)
+    begins_BT = jax.lax.cummax(slots_BT, axis=1)
+    return jnp.cumsum(opens_BT.astype(jnp.int32), axis=1), jnp.arange(tokens_BT.shape[1])[None] - begins_BT
 
 
 def single_blocks(model: Decoder) -> list[nnx.Module]:

@@ -91,7 +91,8 @@ class GPT2(Decoder):
 
     def embed(self, tokens_BT: jax.Array, context: Context) -> jax.Array:
         rows_SD = weight(self.wpe_SD, jnp.float32)
-        out = spec("_ seq embed" if context.starts_B is None else "batch seq embed")
+        shared = context.starts_B is None and context.segments_BT is None
+        out = spec("_ seq embed" if shared else "batch seq embed")
         positions = rows_SD.at[context.positions_BT].get(out_sharding=out).astype(self.dtype)
         return dropout(self.lookup(tokens_BT) + positions, self.rate, context.split(3))
 

@@ -214,16 +214,27 @@ class Context:
 
     positions_BT: position of each token (first axis 1 when all rows agree). starts_B: with a cache, where this call's
     tokens begin in each row. rotary: `rotary_table`, for families that turn q and k. key: for dropout, or None.
+    segments_BT: the document of each token, where attention must stay within documents.
     """
 
     positions_BT: jax.Array
     starts_B: jax.Array | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     key: jax.Array | None = None
+    segments_BT: jax.Array | None = None
 
     def split(self, index: int) -> jax.Array | None:
         """The dropout key of use number `index` within a block."""
         return None if self.key is None else jax.random.fold_in(self.key, index)
+
+
+def check_documents(kernel: Kernel) -> None:
+    """Raises UserError for a kernel that cannot stop at the ends of documents."""
+    if kernel not in ("auto", "xla"):
+        raise UserError(
+            f"execution.attention={kernel!r} would look across the documents of a row, which data.mask_documents "
+            "forbids: use 'auto' or 'xla'"
+        )
 
 
 class Attention(nnx.Module):
@@ -270,13 +281,18 @@ class Attention(nnx.Module):
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         key = context.split(0)
-        dropping = key is not None and self.dropout > 0
+        dropping, segments_BT = key is not None and self.dropout > 0, context.segments_BT
         if cache is None:
-            # cuDNN drops no probabilities, so attention dropout needs the scores written out.
-            if not dropping and pick_kernel(self.kernel, q.dtype, q.shape[-1]) == "cudnn":
+            if segments_BT is not None:
+                check_documents(self.kernel)
+            # Fused kernels drop no probabilities and know no documents: both need the scores written out.
+            plain = not dropping and segments_BT is None
+            if plain and pick_kernel(self.kernel, q.dtype, q.shape[-1]) == "cudnn":
                 return _attend_cudnn(q, k, v), None
             slots_S = jnp.arange(k.shape[1])
             mask_BTS = slots_S[None, None, :] <= slots_S[None, :, None]
+            if segments_BT is not None:
+                mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
             return attend(q, k, v, mask_BTS, self.dropout, key), None
         assert context.starts_B is not None
         cache = cache.append(k, v, context.starts_B)

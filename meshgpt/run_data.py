@@ -41,6 +41,10 @@ class RunData:
         """The one that made the stores."""
         return self.first_store.tokenizer()
 
+    def document_end(self, run: Run) -> int | None:
+        """The id at which attention has to stop; None where it need not."""
+        return self.first_store.eot_id if run.data.mask_documents else None
+
     def record(self) -> list[dict[str, str]]:
         """What has to stay as it is for a run to go on: kept beside checkpoints, checked by `check_unchanged`."""
         first_step = self.batches.digest(0)

@@ -55,14 +55,14 @@ def from_params(params: Tree, optim: Optimizer) -> TrainState:
     return TrainState(zero(), params, optim.direction().init(params), zero(), zero())
 
 
-def next_token_loss(model: Model, objective: NextToken) -> Loss:
-    """The loss of predicting each row's next token."""
+def next_token_loss(model: Model, objective: NextToken, document_end: int | None = None) -> Loss:
+    """The loss of predicting each row's next token; `document_end` as `Decoder.hidden` takes it."""
 
     def loss(
         params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         decoder = model.bind(params)
-        x_MTD = decoder.hidden(tokens[:, :-1], key)
+        x_MTD = decoder.hidden(tokens[:, :-1], key, document_end)
         return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
 
     return loss

@@ -25,6 +25,7 @@ from meshgpt.checkpoint import Checkpointer
 from meshgpt.config import Run, differences, to_json
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
+from meshgpt.isolation import prove_isolation
 from meshgpt.models import Model, check_divisibility
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
@@ -96,8 +97,8 @@ class Loop:
     @staticmethod
     def build(run: Run, mesh: jax.sharding.Mesh, data: RunData) -> "Loop":
         model = Model(config=run.model, execution=run.execution, precision=run.precision)
-        loss = next_token_loss(model, run.objective)
-        exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0))
+        loss = next_token_loss(model, run.objective, data.document_end(run))
+        exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0), data.document_end(run))
         dropout = jax.random.fold_in(jax.random.key(run.seed), 1) if _drops(run) else None
         step = make_train_step(loss, run.optim, run.steps, dropout)
         return Loop(
@@ -142,6 +143,8 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
+    if run.data.mask_documents and first < run.steps:
+        _prove_isolation(loop, feed, state)
     figures = Figures(loop, folder, first)
     batches = loop.data.batches.iterate(first, run.steps, feed.rows)
     with stop_requests() as stop, figures.open():
@@ -166,6 +169,16 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
             "--optim.warmup-steps, or compute in float32 (--precision.compute float32), with a new --run-dir"
         )
     return state, int(state.step) < run.steps
+
+
+def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
+    tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])[0, :, :-1]
+    end = loop.data.document_end(loop.run)
+    assert end is not None
+    proved = prove_isolation(loop.model, state.params, tokens, end)
+    if jax.process_index() == 0:
+        said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
+        _say(f"no token of the first batch sees another document, by gradient ({said})")
 
 
 def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
