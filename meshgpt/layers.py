@@ -16,9 +16,9 @@ from jax.nn.initializers import Initializer, zeros
 
 from meshgpt.axes import gathered, spec
 from meshgpt.errors import UserError
+from meshgpt.kernels import Kernel, attend_fused, pick_kernel
 
 Remat = Literal["none", "full", "dots", "named"]
-Kernel = Literal["auto", "xla", "cudnn"]
 
 # Activations worth keeping under remat="named": those whose recomputation costs a matmul or attention.
 SAVED_NAMES = ("q", "k", "v", "attention", "mlp_up")
@@ -33,7 +33,8 @@ class Execution:
       grow with depth. A scan compiles once for any depth, which is what deep models and pods want.
     remat: what the backward pass recomputes. "none" keeps every activation, "dots" the results of matmuls, "named"
       q, k, v, attention and the MLP's input matmul, "full" only each block's input.
-    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "auto" picks.
+    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "splash" a kernel for
+      TPU v4 and later; "auto" takes the fused one that can run.
     """
 
     unroll: int = 1
@@ -141,19 +142,19 @@ def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values that one layer has seen, (B, S, N, H) each."""
+    """Keys and values that one layer has seen, (B, N, S, H) each: a head's slots together, as its matmuls read them."""
 
-    k_BSNH: jax.Array
-    v_BSNH: jax.Array
+    k_BNSH: jax.Array
+    v_BNSH: jax.Array
 
     def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, starts_B: jax.Array) -> "LayerCache":
         """Row b's new keys and values at positions starts_B[b] .. starts_B[b] + T - 1."""
 
-        def write(row_SNH: jax.Array, new_TNH: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(row_SNH, new_TNH, start, axis=0)
+        def write(row_NSH: jax.Array, new_TNH: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(row_NSH, new_TNH.swapaxes(0, 1), start, axis=1)
 
         place = jax.vmap(write)
-        return LayerCache(place(self.k_BSNH, k_BTNH, starts_B), place(self.v_BSNH, v_BTNH, starts_B))
+        return LayerCache(place(self.k_BNSH, k_BTNH, starts_B), place(self.v_BNSH, v_BTNH, starts_B))
 
 
 def attend(
@@ -170,41 +171,6 @@ def attend(
     logits_BNTS = jnp.where(mask_BTS[:, None], logits_BNTS, jnp.finfo(jnp.float32).min)
     weights_BNTS = dropout(jax.nn.softmax(logits_BNTS, axis=-1), rate, key).astype(q_BTNH.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
-
-
-def _attend_cudnn(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    heads = spec("batch seq heads _")
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-    return jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q_BTNH, k_BTNH, v_BTNH)
-
-
-def pick_kernel(kernel: Kernel, dtype: jnp.dtype, head_size: int) -> Literal["xla", "cudnn"]:
-    """What "auto" means here: cuDNN on an NVIDIA GPU in 16 bits, head size a multiple of 8 up to 128 (256 on Hopper).
-
-    Raises:
-      UserError: when "cudnn" is asked for and cannot run, with the reason.
-    """
-    if kernel == "xla":
-        return "xla"
-    reason = _cudnn_refusal(dtype, head_size)
-    if kernel == "cudnn" and reason:
-        raise UserError(f"execution.attention='cudnn' cannot run here: {reason}; use 'auto' or 'xla'")
-    return "xla" if reason else "cudnn"
-
-
-def _cudnn_refusal(dtype: jnp.dtype, head_size: int) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"the backend is {jax.default_backend()}, not gpu"
-    if dtype.itemsize != 2:
-        return f"it computes in 16 bits, and the compute dtype is {dtype}"
-    capability = getattr(jax.devices()[0], "compute_capability", "0.0")
-    limit = 256 if float(capability) >= 9.0 else 128
-    if head_size % 8 or head_size > limit:
-        return f"the head size {head_size} is not a multiple of 8 up to {limit}"
-    return None
 
 
 @jax.tree_util.register_dataclass
@@ -265,7 +231,9 @@ class Attention(nnx.Module):
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         a_BTNH, cache = self._attend(q, k, v, context, cache)
-        y_BTD = einsum("BTNH,NHD->BTD", checkpoint_name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
+        # jnp.einsum contracts axes in the alphabetical order of their letters. H before N would copy the weight and the
+        # activations into that order; a before b is the order they lie in.
+        y_BTD = einsum("BTab,abD->BTD", checkpoint_name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
         return (bias_add(y_BTD, self.o_bias_D) if self.bias else y_BTD), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -281,14 +249,16 @@ class Attention(nnx.Module):
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         key = context.split(0)
-        dropping, segments_BT = key is not None and self.dropout > 0, context.segments_BT
+        dropping = key is not None and self.dropout > 0
+        segments_BT = context.segments_BT
         if cache is None:
             if segments_BT is not None:
                 check_documents(self.kernel)
-            # Fused kernels drop no probabilities and know no documents: both need the scores written out.
-            plain = not dropping and segments_BT is None
-            if plain and pick_kernel(self.kernel, q.dtype, q.shape[-1]) == "cudnn":
-                return _attend_cudnn(q, k, v), None
+            # The fused kernels drop no probabilities and know no documents: both need the scores written out.
+            written_out = dropping or segments_BT is not None
+            kernel = "xla" if written_out else pick_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+            if kernel != "xla":
+                return attend_fused(kernel, q, k, v), None
             slots_S = jnp.arange(k.shape[1])
             mask_BTS = slots_S[None, None, :] <= slots_S[None, :, None]
             if segments_BT is not None:
@@ -296,8 +266,8 @@ class Attention(nnx.Module):
             return attend(q, k, v, mask_BTS, self.dropout, key), None
         assert context.starts_B is not None
         cache = cache.append(k, v, context.starts_B)
-        mask_BTS = jnp.arange(cache.k_BSNH.shape[1])[None, None, :] <= context.positions_BT[:, :, None]
-        return attend(q, cache.k_BSNH, cache.v_BSNH, mask_BTS), cache
+        mask_BTS = jnp.arange(cache.k_BNSH.shape[2])[None, None, :] <= context.positions_BT[:, :, None]
+        return attend(q, cache.k_BNSH.swapaxes(1, 2), cache.v_BNSH.swapaxes(1, 2), mask_BTS), cache
 
 
 _POLICIES: dict[Remat, Any] = {

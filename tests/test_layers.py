@@ -79,11 +79,13 @@ def test_mlp_is_gelu_new_between_two_matmuls() -> None:
 def test_rotary_embedding_equals_transformers(head: int, dims: int) -> None:
     x = draw(2, 5, 3, head)
     positions = np.array([[0, 1, 2, 3, 4], [7, 8, 900, 901, 2000]])
-    table = modeling_gptj.create_sinusoidal_positions(2048, dims)[torch.from_numpy(positions)]
-    sin, cos = table.chunk(2, dim=-1)
+    theirs = modeling_gptj.create_sinusoidal_positions(2048, dims)[torch.from_numpy(positions)]
+    sin, cos = theirs.chunk(2, dim=-1)
     turned = modeling_gptj.apply_rotary_pos_emb(torch.from_numpy(x[..., :dims]), sin, cos).numpy()
     with jax.set_mesh(tiny.mesh()):
-        ours = layers.rotate(jax.device_put(x, spec("batch seq heads _")), layers.rotary_table(jnp.asarray(positions), dims))
+        ours = layers.rotate(
+            jax.device_put(x, spec("batch seq heads _")), layers.rotary_table(jnp.asarray(positions), dims)
+        )
     np.testing.assert_allclose(ours[..., :dims], turned, atol=2e-4)  # at position 2000 an ulp of the angle is 1e-4
     np.testing.assert_array_equal(ours[..., dims:], x[..., dims:])
 
@@ -113,10 +115,10 @@ def test_attention_equals_pytorch_under_any_mask() -> None:
 
 
 def test_cache_appends_where_each_row_stands() -> None:
-    cache = layers.LayerCache(jnp.zeros((2, 6, 1, 1)), jnp.zeros((2, 6, 1, 1)))
+    cache = layers.LayerCache(jnp.zeros((2, 1, 6, 1)), jnp.zeros((2, 1, 6, 1)))
     k, v = draw(2, 2, 1, 1), draw(2, 2, 1, 1, seed=1)
     cache = cache.append(jnp.asarray(k), jnp.asarray(v), jnp.array([0, 3]))
-    for stored, new in ((cache.k_BSNH, k), (cache.v_BSNH, v)):
+    for stored, new in ((cache.k_BNSH.swapaxes(1, 2), k), (cache.v_BNSH.swapaxes(1, 2), v)):
         expected = np.zeros((2, 6, 1, 1), np.float32)
         expected[0, 0:2], expected[1, 3:5] = new[0], new[1]
         np.testing.assert_array_equal(stored, expected)
