@@ -223,6 +223,8 @@ def test_two_runs_stand_beside_each_other(tmp_path):
     assert len({series.color for series in loss.series}) == 2
     files = write_report(runs, tmp_path / "out", CardOptions())
     assert files[0].read_text().startswith("# a and b")
+    again = read_runs([tmp_path / "a", fake_run.write(tmp_path / "old" / "a")])
+    assert [run.name for run in again] == [f"{tmp_path.name}/a", "old/a"]
     with pytest.raises(UserError, match="the same run is named twice"):
         read_runs([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 

@@ -47,7 +47,8 @@ def report(arguments: Sequence[str]) -> None:
     for run in facts:
         for note in run.notes:
             print(f"{run.name}: {note}")
-    print(f"{files[0]}  {'the model card' if single else 'the comparison'}; what is marked (to fill in) is yours")
+    what = "the model card; what is marked (to fill in) is yours" if single else "the comparison"
+    print(f"{files[0]}  {what}")
     print(f"{files[1]}  opens in any browser, offline")
     print(f"{files[2].parent if len(files) > 2 else out}  {len(files) - 2} plots")
 

@@ -45,6 +45,7 @@ class Facts:
     """
 
     folder: Path
+    name: str
     run: Run
     record: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -54,10 +55,6 @@ class Facts:
     notes: list[str]
     parameters: scaling.Parameters
     flops_per_token: int
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name or "run"
 
     @property
     def step(self) -> int:
@@ -131,6 +128,7 @@ def read_facts(path: Path) -> Facts:
     shapes = parameter_shapes(run.model)
     return Facts(
         folder=path,
+        name=path.resolve().name or "run",
         run=run,
         record=json.loads(folder.record.read_text(encoding="utf-8")),
         rows=rows,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +39,10 @@ def read_runs(paths: Sequence[Path]) -> list[Facts]:
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("the same run is named twice: name different ones to compare")
-    return [read_facts(path) for path in paths]
+    runs = [read_facts(path) for path in paths]
+    times = Counter(run.name for run in runs)
+    names = [f"{run.folder.resolve().parent.name}/{run.name}" if times[run.name] > 1 else run.name for run in runs]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def write_report(runs: Sequence[Facts], out: Path, options: CardOptions) -> list[Path]:
