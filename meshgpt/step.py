@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from meshgpt.loss import NextToken, cross_entropy
 from meshgpt.models import Model
 from meshgpt.optim import Optimizer, learning_rate
+from meshgpt.precision import LossScale, Precision, stochastic_round
 from meshgpt.trees import Tree
 
 # loss(params, tokens (M, T + 1), weights (M, T), key) -> (sum over tokens, sum of weights). Sums, never means: adding
@@ -27,7 +28,7 @@ class TrainState:
     """All that a step changes.
 
     step: steps taken, skipped ones too. skipped: steps whose loss or gradient was not finite, which left parameters
-    and optimizer untouched. streak: how many of those came last, in a row.
+    and optimizer untouched. streak: how many of those came last, in a row. loss_scale: of float16, else None.
     """
 
     step: jax.Array
@@ -35,6 +36,7 @@ class TrainState:
     opt_state: Tree
     skipped: jax.Array
     streak: jax.Array
+    loss_scale: LossScale | None = None
 
     def items(self) -> dict[str, Tree]:
         """The state as checkpoints keep it."""
@@ -43,24 +45,23 @@ class TrainState:
 
 def init_state(model: Model, optim: Optimizer, key: jax.Array) -> TrainState:
     """A fresh state on the mesh that is set. Call it under `jax.jit`; under `jax.eval_shape` it allocates nothing."""
-    return from_params(model.init(key), optim)
+    return from_params(model.init(key), optim, model.precision)
 
 
-def from_params(params: Tree, optim: Optimizer) -> TrainState:
+def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision()) -> TrainState:
     """The state that starts from given parameters."""
 
     def zero() -> jax.Array:
         return jnp.zeros((), jnp.int32)
 
-    return TrainState(zero(), params, optim.direction().init(params), zero(), zero())
+    scale = LossScale.fresh(precision.loss_scaling) if precision.scales_loss else None
+    return TrainState(zero(), params, optim.direction().init(params), zero(), zero(), scale)
 
 
 def next_token_loss(model: Model, objective: NextToken, document_end: int | None = None) -> Loss:
     """The loss of predicting each row's next token; `document_end` as `Decoder.hidden` takes it."""
 
-    def loss(
-        params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         decoder = model.bind(params)
         x_MTD = decoder.hidden(tokens[:, :-1], key, document_end)
         return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
@@ -69,19 +70,25 @@ def next_token_loss(model: Model, objective: NextToken, document_end: int | None
 
 
 def make_train_step(
-    loss: Loss, optim: Optimizer, total_steps: int, dropout_key: jax.Array | None
+    loss: Loss,
+    optim: Optimizer,
+    total_steps: int,
+    dropout_key: jax.Array | None,
+    precision: Precision = Precision(),
+    rounding_key: jax.Array | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """step(state, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics, scalars: `loss` (mean nats a token), `grad_norm` (before clipping), `learning_rate`, `tokens` (weights
-    summed), `skipped_steps`, `skipped_in_a_row`.
+    `rounding_key` is for parameters that are rounded stochastically. Metrics, scalars: `loss` (mean nats a token),
+    `grad_norm` (before clipping), `learning_rate`, `tokens` (weights summed), `skipped_steps`, `skipped_in_a_row`; with
+    float16, `loss_scale` (of this step).
     """
     rate = learning_rate(optim, total_steps)
     direction = optim.direction()
 
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
-        total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key)
+        key, scale = _folded(dropout_key, state.step), state.loss_scale
+        total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
         norm = global_norm(gradients) / weight
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         # One factor does both: from sum to mean, and the clipping.
@@ -91,32 +98,58 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
             updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
             lr = jnp.asarray(rate(state.step), jnp.float32)
-        params = jax.tree.map(lambda p, u: (p - lr.astype(u.dtype) * u).astype(p.dtype), state.params, updates)
-
-        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)
+        params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
         bad = jnp.where(finite, 0, 1)
         new = TrainState(
             step=state.step + 1,
-            params=params,
+            params=jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params),
             opt_state=opt_state,
             skipped=state.skipped + bad,
             streak=jnp.where(finite, 0, state.streak + 1),
+            loss_scale=scale and scale.after(finite, precision.loss_scaling),
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
+        metrics |= {"loss_scale": scale.value} if scale else {}
         return new, metrics | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
 
     return train_step
 
 
+def _folded(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, step)
+
+
+def _updated(params: Tree, updates: Tree, lr: jax.Array, rounding_key: jax.Array | None) -> Tree:
+    """p - lr u in float32, rounded to the parameters' dtypes: to nearest, or stochastically where there is a key."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = [None] * len(leaves) if rounding_key is None else list(jax.random.split(rounding_key, len(leaves)))
+
+    def one(p: jax.Array, u: jax.Array, key: jax.Array | None) -> jax.Array:
+        new = p.astype(jnp.float32) - lr * u.astype(jnp.float32)
+        return new.astype(p.dtype) if key is None else stochastic_round(new, key)
+
+    return structure.unflatten(map(one, leaves, structure.flatten_up_to(updates), keys))
+
+
 def _accumulate(
-    loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None
+    loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None, scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, Tree]:
     """Sums of loss, weights and gradients over the leading axis of tokens and weights."""
 
     def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
         micro = None if key is None else jax.random.fold_in(key, index)
-        (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
-        return total, weight, gradients
+        if scale is None:
+            (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
+            return total, weight, gradients
+        # It is the mean that is scaled: in float16 a sum over thousands of tokens would overflow by itself.
+        factor = scale / jnp.sum(weights)
+
+        def scaled(params: Tree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            total, weight = loss(params, tokens, weights, micro)
+            return total * factor, (total, weight)
+
+        (_, (total, weight)), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
+        return total, weight, jax.tree.map(lambda g: g / factor.astype(g.dtype), gradients)
 
     count = tokens.shape[0]
     if count == 1:

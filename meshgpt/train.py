@@ -100,7 +100,8 @@ class Loop:
         loss = next_token_loss(model, run.objective, data.document_end(run))
         exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0), data.document_end(run))
         dropout = jax.random.fold_in(jax.random.key(run.seed), 1) if _drops(run) else None
-        step = make_train_step(loss, run.optim, run.steps, dropout)
+        rounding = jax.random.fold_in(jax.random.key(run.seed), 2) if run.precision.rounding == "stochastic" else None
+        step = make_train_step(loss, run.optim, run.steps, dropout, run.precision, rounding)
         return Loop(
             run=run,
             mesh=mesh,
@@ -158,16 +159,12 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
                     log(evaluate(loop, state.params))
             if step % run.checkpointing.every == 0 and not last:
                 checkpoints.save(step, state.items(), loop.metadata)
-            if stop(step) or figures.bad_in_a_row >= run.max_bad_steps:
+            if stop(step) or figures.diverged:
                 break
         figures.flush()
-    if figures.bad_in_a_row >= run.max_bad_steps:
+    if figures.diverged:
         checkpoints.save(int(state.step), state.items(), loop.metadata)
-        raise UserError(
-            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing; "
-            f"the last good parameters are saved in {folder.checkpoints}. Lower --optim.peak-lr, lengthen "
-            "--optim.warmup-steps, or compute in float32 (--precision.compute float32), with a new --run-dir"
-        )
+        raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
     return state, int(state.step) < run.steps
 
 
@@ -219,7 +216,7 @@ class Figures:
         }
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
-        self.bad_in_a_row = 0
+        self.diverged = ""  # why the run must stop
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -251,7 +248,7 @@ class Figures:
         step, metrics = self._pending
         self._pending = None
         values: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.bad_in_a_row = int(values.pop("skipped_in_a_row"))
+        self.diverged = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
         values["skipped_steps"] = int(values["skipped_steps"])
         run = self._run
         if step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps):
@@ -267,6 +264,23 @@ class Figures:
 
     def _tokens(self, step: int) -> int:
         return step * self._run.global_batch * self._run.sequence_length
+
+
+def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
+    """Why a run must not go on after so many steps that were skipped, in words, or "" where it may."""
+    floor = run.precision.loss_scaling.floor
+    if skipped_in_a_row and loss_scale is not None and loss_scale <= floor:
+        return (
+            f"float16 overflowed although the loss scale has fallen to its floor, {floor:g}. Lower --optim.peak-lr or "
+            "lengthen --optim.warmup-steps; or compute in bfloat16 or float32 (--precision.compute), with a new --run-dir"
+        )
+    if skipped_in_a_row >= run.max_bad_steps:
+        return (
+            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. Lower "
+            "--optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32), with a "
+            "new --run-dir"
+        )
+    return ""
 
 
 @contextmanager
