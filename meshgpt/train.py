@@ -271,14 +271,14 @@ def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
     floor = run.precision.loss_scaling.floor
     if skipped_in_a_row and loss_scale is not None and loss_scale <= floor:
         return (
-            f"float16 overflowed although the loss scale has fallen to its floor, {floor:g}. Lower --optim.peak-lr or "
-            "lengthen --optim.warmup-steps; or compute in bfloat16 or float32 (--precision.compute), with a new --run-dir"
+            f"float16 overflowed although the loss scale has fallen to its floor, {floor:g}. Lower --optim.peak-lr "
+            "or lengthen --optim.warmup-steps; or choose another --precision.compute, with a new --run-dir"
         )
     if skipped_in_a_row >= run.max_bad_steps:
         return (
-            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. Lower "
-            "--optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32), with a "
-            "new --run-dir"
+            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. "
+            "Lower --optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32), with "
+            "a new --run-dir"
         )
     return ""
 

@@ -55,7 +55,7 @@ def _run(scaling: LossScaling, steps: int, accumulate: int = 1) -> tuple[TrainSt
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_that_overflows_on_purpose_recovers(accumulate: int) -> None:
-    """2^15 times 1000 / 12 is beyond float16's 65504, and so on down to 2^9: six steps are skipped, the rest are taken."""
+    """2^15 times 1000 / 12 is beyond float16's 65504, and so on down to 2^9; then no step is skipped any more."""
     state, seen = _run(LossScaling(), 10, accumulate)
     sizes = [metrics["loss_scale"] for metrics in seen]
     skipped = int(seen[-1]["skipped_steps"])
