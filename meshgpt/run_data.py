@@ -51,7 +51,7 @@ class RunData:
         return [
             {
                 "name": name,
-                "store": str(store.folder),
+                "store": str(store.folder.resolve()),
                 "digest": store.digest,
                 "records": records.digest,
                 "first_step": first_step,
@@ -161,7 +161,7 @@ def _single_store(run: Run, folder: RunFolder) -> str:
         raise UserError(
             f"the run's text is not what {request.out} was prepared from: {error.difference}. So it is after "
             f"an upgrade of Python, where the text is its standard library. Either {keep}start afresh on today's "
-            "text with --data.prepare.overwrite True --resume never (an old run is set aside)"
+            "text with --data.prepare.overwrite --resume never (an old run is set aside)"
         ) from error
     except UserError as error:  # it names the flags of `meshgpt prepare`, which are longer here
         raise UserError(re.sub(r"(?<!\S)--(?=[a-z])", "--data.prepare.", str(error))) from error
