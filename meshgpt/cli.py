@@ -43,6 +43,12 @@ def _plan(arguments: Sequence[str]) -> None:
     plan(arguments)
 
 
+def _data(arguments: Sequence[str]) -> None:
+    from meshgpt.data_commands import data
+
+    data(arguments)
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
@@ -53,6 +59,7 @@ def _doctor(arguments: Sequence[str]) -> None:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "RECIPE: train a model, or go on with a run"),
+    "data": (_data, "order|show|find|inspect|pack: what a run saw, and what a store holds"),
     "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
