@@ -23,7 +23,7 @@ from meshgpt.optim import AdamW, Constant
 
 FOLDER = Path("runs/ladder")
 VOCABULARY = 1024
-SIZES = ((2, 32), (2, 48), (3, 64), (3, 80), (4, 96), (4, 128))  # layers, width
+SIZES = ((1, 32), (2, 32), (2, 48), (3, 64), (3, 80), (4, 96))  # layers, width
 _SHORTEST = 200  # characters of a docstring worth keeping
 
 
@@ -41,14 +41,14 @@ def rung(number: int) -> Run:
                 val_fraction=0.05,
             )
         ),
-        steps=1000,
-        global_batch=16,
-        optim=AdamW(peak_lr=0.15 / width, warmup_steps=50, schedule=Constant()),
+        steps=800,
+        global_batch=8,
+        optim=AdamW(peak_lr=0.15 / width, warmup_steps=40, schedule=Constant()),
         execution=Execution(unroll=0),
-        eval_every=50,
-        eval_batches=12,
+        eval_every=40,
+        eval_batches=16,
         log_every=25,
-        checkpointing=Checkpointing(every=500),
+        checkpointing=Checkpointing(every=400),
         samples=Samples(prompts=()),
         export="none",
         run_dir=str(FOLDER / f"n{number}"),

@@ -13,6 +13,8 @@ from PIL import Image
 
 from meshgpt.errors import UserError
 from meshgpt.report import plot_loss, smooth
+from meshgpt.report.panels import Panel, Series
+from meshgpt.report.plots import draw_panel
 
 
 def write(path, rows, tail=""):
@@ -122,6 +124,16 @@ def test_smooth_is_the_mean_of_its_window(length):
         for i in range(length)
     ]
     np.testing.assert_allclose(smooth(values), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_panels_labels_are_text_whatever_they_are(tmp_path):
+    x = np.arange(5.0)
+    label = "_$\\frac$ {x} \N{COLLISION SYMBOL} \\frac"
+    curve = Series(label=label, x=x, y=np.array([1.0, np.nan, 2.0, np.nan, 3.0]))
+    far = Series(label="", x=x * 1e18, y=x, kind="marked")
+    panel = Panel(slug="p", title=label, x_label="FLOPs", y_label="y", series=[curve, far])
+    draw_panel(panel, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000
 
 
 def test_importing_it_brings_neither_matplotlib_nor_jax():

@@ -1,5 +1,6 @@
 """Model cards: true to the run's folder, valid for the hub, and unmoved by hostile names and damaged files."""
 
+import dataclasses
 import json
 import math
 
@@ -11,17 +12,27 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
+from meshgpt.config import Data
+from meshgpt.data.mixture import Source, Stage
 from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.errors import UserError
 from meshgpt.gptj import GPTJConfig
 from meshgpt.hardware import DEVICES, by_kind, parse
 from meshgpt.report.blocks import Bullets, Code, Heading, Table, Text, clean, to_html, to_markdown
-from meshgpt.report.card import CardOptions, card, front_matter
+from meshgpt.report.card import CardOptions, card
 from meshgpt.report.energy import Assumptions, energy
 from meshgpt.report.evals import read_evals
 from meshgpt.report.facts import read_facts
+from meshgpt.report.front_matter import front_matter
 from meshgpt.report.panels import panels
 from meshgpt.report.write import document, read_runs, write_report
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Empty files for the PNG plots, where a test is not about them."""
+    monkeypatch.setattr("meshgpt.report.write.draw_panel", lambda panel, path: path.touch())
+
 
 HOSTILE = "<script>alert('a')</script> | `b` {{DATA}} **c** [d](e) $f$ \N{COLLISION SYMBOL}"
 EVALS = {50: fake_run.harness(0.3, 60.0), 100: fake_run.harness(0.35, 40.0)}
@@ -139,8 +150,31 @@ def test_training_data_has_its_tokens_by_source(tmp_path):
         assert row_of(markdown, source.name)[:2] == [f"{source.tokens:,}", f"{source.tokens / total:.1%}"]
 
 
+def test_a_mixture_has_what_was_seen_of_each_source(tmp_path):
+    sources = []
+    for name, words in (("books", 4000), ("code", 2000)):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name[0]}word{i}" for i in range(words)))
+        first = {"train_tokenizer": "bpe", "vocab_size": 300}
+        tokenizer = {"tokenizer": f"{sources[0].store}/tokenizer"} if sources else first
+        request = Prepare(
+            sources=(str(tmp_path / f"{name}.txt"),), out=str(tmp_path / name), val_fraction=0.0, workers=1, **tokenizer
+        )
+        store = prepare(request, lambda label, done, total: None)
+        sources.append(Source(store=str(store.folder), weight=3.0 if name == "books" else 1.0, max_epochs=0.0))
+    config = fake_run.run()
+    config = dataclasses.replace(config, data=Data(mixture=(Stage(sources=tuple(sources)),)))
+    facts = read_facts(fake_run.write(tmp_path / "mixed", config))
+    books, code = facts.sources
+    assert (books.name, code.name) == ("books", "code")
+    assert books.seen is not None
+    assert code.seen is not None
+    assert books.seen + code.seen == facts.tokens
+    assert books.seen == pytest.approx(0.75 * facts.tokens, rel=0.01)
+    assert row_of(text_of(facts), "books")[-2:] == [f"{books.seen:,}", f"{books.seen / books.tokens:.2f}"]
+
+
 @pytest.mark.parametrize("figures", [[], [{"step": 1, "tokens": 512, "loss": None}]])
-def test_a_run_that_has_hardly_begun_gets_a_card(tmp_path, figures):
+def test_a_run_that_has_hardly_begun_gets_a_card(tmp_path, figures, no_plots):
     folder = fake_run.write(tmp_path / "new", figures=figures, sessions=())
     files = write_report(read_runs([folder]), tmp_path / "out", CardOptions())
     text = files[0].read_text()
@@ -160,7 +194,7 @@ def test_damage_is_said_and_the_rest_is_used(tmp_path):
     assert "metrics.jsonl is cut off within its last line (21), and was read up to there" in notes
     assert "latest.json in evals/ is not a file of results" in notes
     assert "75.json in evals/ is not a file of results" in notes
-    assert "its token store is not there any more" in notes
+    assert "its token store cannot be read" in notes
     assert facts.step == 100
     assert {result.step for result in facts.results} == {50, 100}
     for note in facts.notes:
@@ -191,7 +225,7 @@ def test_a_value_that_is_not_finite_is_a_gap_in_every_curve(tmp_path):
         assert np.flatnonzero(np.isnan(panel.series[number].y)).tolist() == [9]
 
 
-def test_hostile_names_are_text_in_the_card(tmp_path):
+def test_hostile_names_are_text_in_the_card(tmp_path, no_plots):
     folder = fake_run.write(tmp_path / HOSTILE.replace("/", "\N{DIVISION SLASH}"), evals={1: EVALS[50]})
     record = json.loads((folder / "run.json").read_text())
     record["command"] = "```\n# not a heading\n\x1b[31m</code><img src=x>"
@@ -207,7 +241,7 @@ def test_hostile_names_are_text_in_the_card(tmp_path):
     assert table.count("|") - table.count("\\|") == len(row_of(text, "Model")) + 2
 
 
-def test_two_runs_stand_beside_each_other(tmp_path):
+def test_two_runs_stand_beside_each_other(tmp_path, no_plots):
     other = [row | {"val_loss": 2.0} if "val_loss" in row else row for row in fake_run.rows(50)]
     runs = read_runs([
         fake_run.write(tmp_path / "a"), fake_run.write(tmp_path / "b", fake_run.run(seed=3), figures=other, evals=EVALS)

@@ -1,9 +1,8 @@
-"""A model card of a run, in the form of the cards on the Hugging Face hub: blocks, and the YAML that opens the file."""
+"""A model card of a run, in the form of the cards on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from meshgpt.models import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.optim import Piecewise
 from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
 from meshgpt.report.energy import Assumptions, Energy, energy
-from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
 from meshgpt.report.tables import by_iteration, references
@@ -53,55 +51,6 @@ def card(facts: Facts, panels: Sequence[Panel], options: CardOptions) -> list[Bl
         Text(text=options.license if options.license != "unknown" else f"{TO_FILL}: give it with --license"),
         *_notes(facts),
     ]
-
-
-def front_matter(facts: Facts, options: CardOptions) -> str:
-    """The YAML between two lines of dashes. Its values are JSON, which YAML reads, so that no text can break out."""
-    spent = energy(facts.device_hours, options.energy)
-    fields: dict[str, Any] = {"language": list(options.language)} if options.language else {}
-    fields |= {
-        "license": options.license,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["meshgpt", "jax", "causal-lm", "gptj" if isinstance(facts.run.model, GPTJConfig) else "gpt2"],
-    }
-    if spent.kg is not None:
-        fields["co2_eq_emissions"] = {
-            "emissions": round(spent.kg * 1000, 3),  # the hub counts grams
-            "source": "power times hours times grid intensity, see the card",
-            "training_type": "pre-training",
-            "hardware_used": facts.hardware,
-        } | ({"geographical_location": options.location} if options.location else {})
-    measured = _model_index(facts)
-    if measured:
-        fields["model-index"] = [{"name": clean(facts.name), "results": measured}]
-    texts = {key: json.dumps(_cleaned(value), ensure_ascii=False) for key, value in fields.items()}
-    lines = [f"{key}: {text}".replace("<", r"\u003c") for key, text in texts.items()]
-    return "\n".join(["---", *lines, "---", ""])
-
-
-def _cleaned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {clean(key): _cleaned(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_cleaned(item) for item in value]
-    return clean(value) if isinstance(value, str) else value
-
-
-def _model_index(facts: Facts) -> list[dict[str, Any]]:
-    task = {"type": "text-generation", "name": "Text Generation"}
-    results = []
-    loss, bits = facts.last("val_loss"), facts.last("val_bits_per_byte")
-    metrics = [] if loss is None else [{"type": "perplexity", "value": perplexity(loss), "name": "token perplexity"}]
-    metrics += [] if bits is None else [{"type": "bits_per_byte", "value": bits, "name": "bits per byte"}]
-    if metrics:
-        held_out = {"type": "held-out", "name": "held-out part of the training text"}
-        results.append({"task": task, "dataset": held_out, "metrics": metrics})
-    for result in latest(facts.results):
-        dataset = {"type": result.task, "name": result.task}
-        metric = {"type": result.metric, "value": result.value, "name": result.metric}
-        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
-    return results
 
 
 def perplexity(loss: float) -> float:
@@ -190,14 +139,18 @@ def _data(facts: Facts) -> list[Block]:
     head: list[Block] = [Heading(level=2, text="Training data")]
     if not total:
         return [*head, Text(text=f"{amount(facts.tokens)} tokens were seen. The text: {TO_FILL}.")]
+    seen = all(source.seen is not None for source in facts.sources)
     rows = [
-        (s.name, f"{s.tokens:,}", f"{s.tokens / total:.1%}", f"{s.documents:,}", f"{s.bytes:,}") for s in facts.sources
+        [s.name, f"{s.tokens:,}", f"{s.tokens / total:.1%}", f"{s.documents:,}", f"{s.bytes:,}"]
+        + ([f"{s.seen:,}", f"{(s.seen or 0) / max(s.tokens, 1):.2f}"] if seen else [])
+        for s in facts.sources
     ]
     text = (
         f"{total:,} tokens of training text, of which the model has seen {facts.tokens:,}: "
         f"{facts.tokens / total:.2f} epochs. Where the text is from and under which licence: {TO_FILL}."
     )
-    return [*head, Text(text=text), Table(header=("Source", "Tokens", "Share", "Documents", "Bytes"), rows=rows)]
+    header = ["Source", "Tokens", "Share", "Documents", "Bytes", *(["Tokens seen", "Epochs"] if seen else [])]
+    return [*head, Text(text=text), Table(header=header, rows=rows)]
 
 
 def _procedure(facts: Facts, spent: Energy) -> list[Block]:

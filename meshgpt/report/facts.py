@@ -15,6 +15,8 @@ import numpy as np
 
 from meshgpt import scaling
 from meshgpt.config import Run
+from meshgpt.data.mixture import Schedule
+from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 from meshgpt.models import parameter_shapes
@@ -28,12 +30,16 @@ _MOST_SOURCES = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Part of the training text: a file, or a folder of files."""
+    """Part of the training text: a file, a folder of files, or a source of a mixture.
+
+    seen: tokens of it that the run has seen, repetitions included; None where that follows from `tokens`.
+    """
 
     name: str
     tokens: int
     documents: int
     bytes: int
+    seen: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +127,7 @@ def read_facts(path: Path) -> Facts:
     run = folder.read_run()
     rows = read_json_lines(folder.metrics)
     results, unread = read_evals(folder.evals, rows)
-    sources, missing = _sources(run, folder)
+    sources, missing = _sources(run, folder, rows[-1]["step"] if rows else 0)
     notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
     notes += missing + _torn(folder.metrics)
     notes += [] if rows else ["nothing was logged yet"]
@@ -162,16 +168,46 @@ def _is_row(line: bytes) -> bool:
     return isinstance(row, dict) and type(row.get("step")) is int
 
 
-def _sources(run: Run, folder: RunFolder) -> tuple[list[Source], list[str]]:
+def _sources(run: Run, folder: RunFolder, step: int) -> tuple[list[Source], list[str]]:
     """The training text by source, largest first; and a sentence where it cannot be read any more."""
-    place = Path(run.data.store) if run.data.store else folder.data
+    made = run.data.prepare.out if run.data.prepare else ""
     try:
-        store = Store.open(place)
-        documents = store.split("train").documents
-        lines = (store.folder / "sources.jsonl").read_text(encoding="utf-8").splitlines()
-        names = [str(json.loads(line)["name"]) for line in lines]
+        return _mixed(run, step) if run.data.mixture else _files(Path(run.data.store or made or folder.data)), []
     except (UserError, OSError, ValueError, KeyError) as error:
-        return [], [f"the training text cannot be described, since its token store is not there any more: {error}"]
+        return [], [f"the training text cannot be described, since its token store cannot be read: {error}"]
+
+
+def _mixed(run: Run, step: int) -> list[Source]:
+    """The sources of a mixture and what of each the run has seen by `step`."""
+    places = {source.label: source.store for stage in run.data.mixture for source in stage.sources}
+    stores = [Store.open(place) for place in places.values()]
+    splits, length = [store.split("train") for store in stores], run.sequence_length
+    packed = run.data.packing == "best_fit"
+    records = [
+        Packed(store, split, length) if packed else Sequences(split, length)
+        for store, split in zip(stores, splits, strict=True)
+    ]
+    tokens, lengths = [split.num_tokens for split in splits], [len(one) for one in records]
+    schedule = Schedule(run.data.mixture, tuple(places), tokens, lengths, run.global_batch)
+    used = schedule.used(step * run.global_batch)
+    return [
+        Source(
+            name=name,
+            tokens=split.num_tokens,
+            documents=split.num_documents,
+            bytes=split.num_bytes,
+            seen=int(sequences) * length,
+        )
+        for name, split, sequences in zip(places, splits, used, strict=True)
+    ]
+
+
+def _files(place: Path) -> list[Source]:
+    """The files of a single store, some together."""
+    store = Store.open(place)
+    documents = store.split("train").documents
+    lines = (store.folder / "sources.jsonl").read_text(encoding="utf-8").splitlines()
+    names = [str(json.loads(line)["name"]) for line in lines]
     tokens = np.diff(documents["end"], prepend=0)
     counts = [np.bincount(documents["file"], weights, len(names)) for weights in (tokens, documents["bytes"], None)]
     files = [
@@ -179,7 +215,7 @@ def _sources(run: Run, folder: RunFolder) -> tuple[list[Source], list[str]]:
         for name, size, length, many in zip(names, *counts, strict=True)
         if many
     ]
-    return _grouped(files), []
+    return _grouped(files)
 
 
 def _grouped(files: list[Source]) -> list[Source]:

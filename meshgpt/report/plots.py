@@ -90,8 +90,8 @@ def draw_panel(panel: Panel, out_png: Path) -> None:
 
 
 def _plain(label: str) -> str:
-    """`label` for matplotlib, which would read dollars as mathematics and hide what begins with an underscore."""
-    return "\u2009" + label.replace("$", r"\$")
+    """`label` for matplotlib, which takes dollars for mathematics and hides what begins with an underscore."""
+    return ("\u2009" if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -126,7 +126,7 @@ def _last(values: np.ndarray) -> float:
 
 
 def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
+    axes.set_title(_plain(title), loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
     axes.set_xlabel("tokens", color=INK)
     axes.set_ylabel("loss (nats per token)", color=INK)
     axes.xaxis.set_major_formatter(lambda value, _: _tick(value))

@@ -1,0 +1,62 @@
+"""The YAML that opens a model card: what the hub shows and searches, with the results as `model-index`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from meshgpt.models import GPTJConfig
+from meshgpt.report.blocks import clean
+from meshgpt.report.card import CardOptions, perplexity
+from meshgpt.report.energy import energy
+from meshgpt.report.evals import latest
+from meshgpt.report.facts import Facts
+
+
+def front_matter(facts: Facts, options: CardOptions) -> str:
+    """The YAML between two lines of dashes. Its values are JSON, which YAML reads, so that no text can break out."""
+    spent = energy(facts.device_hours, options.energy)
+    fields: dict[str, Any] = {"language": list(options.language)} if options.language else {}
+    fields |= {
+        "license": options.license,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["meshgpt", "jax", "causal-lm", "gptj" if isinstance(facts.run.model, GPTJConfig) else "gpt2"],
+    }
+    if spent.kg is not None:
+        fields["co2_eq_emissions"] = {
+            "emissions": round(spent.kg * 1000, 3),  # the hub counts grams
+            "source": "power times hours times grid intensity, see the card",
+            "training_type": "pre-training",
+            "hardware_used": facts.hardware,
+        } | ({"geographical_location": options.location} if options.location else {})
+    measured = _model_index(facts)
+    if measured:
+        fields["model-index"] = [{"name": clean(facts.name), "results": measured}]
+    texts = {key: json.dumps(_cleaned(value), ensure_ascii=False) for key, value in fields.items()}
+    lines = [f"{key}: {text}".replace("<", r"\u003c") for key, text in texts.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {clean(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return clean(value) if isinstance(value, str) else value
+
+
+def _model_index(facts: Facts) -> list[dict[str, Any]]:
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results = []
+    loss, bits = facts.last("val_loss"), facts.last("val_bits_per_byte")
+    metrics = [] if loss is None else [{"type": "perplexity", "value": perplexity(loss), "name": "token perplexity"}]
+    metrics += [] if bits is None else [{"type": "bits_per_byte", "value": bits, "name": "bits per byte"}]
+    if metrics:
+        held_out = {"type": "held-out", "name": "held-out part of the training text"}
+        results.append({"task": task, "dataset": held_out, "metrics": metrics})
+    for result in latest(facts.results):
+        dataset = {"type": result.task, "name": result.task}
+        metric = {"type": result.metric, "value": result.value, "name": result.metric}
+        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return results
