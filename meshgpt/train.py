@@ -277,8 +277,8 @@ def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
     if skipped_in_a_row >= run.max_bad_steps:
         return (
             f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. "
-            "Lower --optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32), with "
-            "a new --run-dir"
+            "Lower --optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32) "
+            "with a new --run-dir"
         )
     return ""
 
