@@ -26,6 +26,7 @@ RECIPES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @RECIPES
 def test_recipe_starts_at_the_weights_loss_and_lowers_it(name, config, tmp_path):
     run = recipe.load(CONFIGS / f"{name}.py")

@@ -6,6 +6,7 @@ memory-mapped file.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -42,8 +43,8 @@ def place(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.
     holders = by_path(stored_tensors(config))
     leaves = trees.leaves_with_names(abstract)
     assert {name for name, _ in leaves} == set(holders), "abstract is not a parameter tree of this configuration"
-    # Whole tables first: their copy on the host is the largest, and is gone before the stacks fill the devices.
-    order = sorted(leaves, key=lambda item: holders[item[0]][0].layer is not None)
+    # The largest tensors first: what the host holds of them is gone before the devices are full.
+    order = sorted(leaves, key=lambda item: -math.prod(holders[item[0]][0].part_shape))
     placed = {name: _place(tensors, holders[name], name, leaf) for name, leaf in order}
     return trees.map_with_names(lambda name, _: placed[name], abstract)
 
