@@ -84,9 +84,9 @@ def test_each_epoch_is_another_permutation(batches: Batches):
 def test_the_order_never_changes():
     """A run of last year continues in the order of last year, whatever the version of numpy."""
     shuffles = [_permutation(1000, f"meshgpt order 0  {epoch}") for epoch in (0, 1)]
-    got = [int(shuffle(np.array([i]))[0]) for shuffle in shuffles for i in (0, 1, 2, 999)]
+    got = [shuffle(i) for shuffle in shuffles for i in (0, 1, 2, 999)]
     assert got == [120, 740, 661, 188, 294, 291, 969, 153]
-    assert int(_permutation(10**12, "far")(np.array([123_456_789]))[0]) == 79_878_995_887
+    assert _permutation(10**12, "far")(123_456_789) == 79_878_995_887
 
 
 def test_rows_are_the_same_whoever_asks(batches: Batches):

@@ -15,6 +15,7 @@ import numpy as np
 
 from meshgpt.errors import UserError
 
+_FEW = 8  # sequences for which plain integers are quicker than arrays
 _WEIGHT_UNITS = 1 << 24  # weights become integers of this sum: 64 bits then hold (sequence number) x (weight)
 
 
@@ -150,6 +151,15 @@ class Interleave:
     def _weigh(self, low: int, high: int) -> int:
         return self._before[high] - self._before[low]
 
+    def _locate_one(self, low: int, high: int, index: int) -> tuple[int, int]:
+        while high - low > 1:
+            middle = (low + high) // 2
+            whole, part = self._weigh(low, high), self._weigh(low, middle)
+            before = (index * part + whole // 2) // whole
+            left = ((index + 1) * part + whole // 2) // whole > before
+            low, high, index = (low, middle, before) if left else (middle, high, index - before)
+        return low, index
+
     @staticmethod
     def _find_left(nth: int, whole: int, part: int) -> int:
         """The smallest i with floor(((i + 1) part + whole // 2) / whole) == nth + 1."""
@@ -165,10 +175,12 @@ class Interleave:
         return index
 
     def _descend(self, low: int, high: int, index, place, source_n, nth_n) -> None:
-        if not len(place):
-            return
         if high - low == 1:
             source_n[place], nth_n[place] = low, index
+            return
+        if len(place) <= _FEW:
+            for one, at in zip(index.tolist(), place.tolist(), strict=True):
+                source_n[at], nth_n[at] = self._locate_one(low, high, one)
             return
         middle = (low + high) // 2
         whole, part = self._weigh(low, high), self._weigh(low, middle)

@@ -58,14 +58,9 @@ class Batches:
     def locate(self, sequence_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, record of that source) of sequences of the run, all (n,) int64."""
         source_n, nth_n = self.schedule.locate(sequence_n)
-        record_n = np.empty_like(nth_n)
-        for source in np.unique(source_n):
-            chosen = source_n == source
-            epochs, places = np.divmod(nth_n[chosen], len(self.sources[source]))
-            records = np.empty_like(places)
-            for epoch in np.unique(epochs):
-                records[epochs == epoch] = self._shuffle(int(source), int(epoch))(places[epochs == epoch])
-            record_n[chosen] = records
+        # Row by row: grouped by source, the arrays of a batch of many sources have an element or two each.
+        records = [self._record(source, nth) for source, nth in zip(source_n.tolist(), nth_n.tolist(), strict=True)]
+        record_n = np.array(records, np.int64)
         return source_n, record_n
 
     def sequences_with(self, source: int, record: int, stop: int) -> list[int]:
@@ -73,7 +68,7 @@ class Batches:
         found = []
         epoch = 0
         while True:
-            place = int(self._shuffle(source, epoch).inverse(np.array([record]))[0])
+            place = self._shuffle(source, epoch).inverse(record)
             sequence = self.schedule.find(source, epoch * len(self.sources[source]) + place)
             if sequence is not None and sequence < stop:
                 found.append(sequence)
@@ -120,6 +115,10 @@ class Batches:
         options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
         with closing(iter(batches.to_iter_dataset(options))) as iterator:
             yield from iterator
+
+    def _record(self, source: int, nth: int) -> int:
+        epoch, place = divmod(nth, len(self.sources[source]))
+        return self._shuffle(source, epoch)(place)
 
     def _shuffle(self, source: int, epoch: int) -> Permutation:
         key = f"meshgpt order {self.seed} {self.names[source]} {epoch}"
