@@ -406,11 +406,11 @@ def test_a_recipe_is_needed(here: Here, tmp_path: Path):
 
 def test_a_second_ctrl_c_does_not_wait():
     with train.stop_requests() as stop:
-        assert not stop()
+        assert not stop(1)
         signal.raise_signal(signal.SIGINT)
-        assert stop()
+        assert stop(1)
         signal.raise_signal(signal.SIGTERM)  # asks for the same again
-        assert stop()
+        assert stop(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
