@@ -14,11 +14,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, zeros
 
+from meshgpt import host_memory
 from meshgpt.axes import gathered, spec
 from meshgpt.errors import UserError
 from meshgpt.kernels import Kernel, attend_fused, pick_kernel
 
-Remat = Literal["none", "full", "dots", "named"]
+Remat = Literal["none", "full", "dots", "named", "offload"]
 
 # Activations worth keeping under remat="named": those whose recomputation costs a matmul or attention.
 SAVED_NAMES = ("q", "k", "v", "attention", "mlp_up")
@@ -32,9 +33,10 @@ class Execution:
       faster steps (a quarter at GPT-2 124M on an H200, see docs/performance.md) for a compile time and a program that
       grow with depth. A scan compiles once for any depth, which is what deep models and pods want.
     remat: what the backward pass recomputes. "none" keeps every activation, "dots" the results of matmuls, "named"
-      q, k, v, attention and the MLP's input matmul, "full" only each block's input.
-    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "splash" a kernel for
-      TPU v4 and later; "auto" takes the fused one that can run.
+      q, k, v, attention and the MLP's input matmul, "offload" the same in the host's memory, "full" only each block's
+      input.
+    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "splash" a kernel
+      for TPU v4 and later; "auto" takes the fused one that can run.
     """
 
     unroll: int = 1
@@ -274,6 +276,12 @@ _POLICIES: dict[Remat, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "named": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(SAVED_NAMES),
+        offload_src="device",
+        offload_dst=host_memory.KIND,
+    ),
 }
 
 
@@ -288,6 +296,8 @@ def run_stack(
     """x through `layers` blocks whose tensors are stacked on a leading axis: block(one_block, x, key) -> x."""
     keys = None if key is None else jax.random.split(key, layers)
     in_line = execution.unroll == 0 or execution.unroll >= layers
+    if execution.remat == "offload":
+        host_memory.require("execution.remat=offload", "take named, or full")
     if execution.remat != "none":
         block = jax.checkpoint(block, policy=_POLICIES[execution.remat], prevent_cse=in_line)
     if not in_line:

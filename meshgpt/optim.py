@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from meshgpt import quant
+from meshgpt import host_memory, quant
 from meshgpt.adafactor import Adafactor as FactoredMoment
 from meshgpt.adam import Adam
 from meshgpt.errors import UserError
@@ -39,6 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 FloatName: TypeAlias = Literal["float32", "bfloat16"]
+Memory: TypeAlias = Literal["device", "pinned_host"]
 
 # (what holds, said in words), by field.
 _LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -62,6 +63,8 @@ class Common(abc.ABC):
     peak_lr, warmup_steps: the learning rate rises linearly from 0 over the warmup, then follows `schedule`.
     clip_norm: gradients are scaled down to this global norm (0: never). weight_decay: decoupled, p -= lr weight_decay p
     (Loshchilov and Hutter 2019), of matrices and embeddings, not of biases and norms.
+    state_memory: where the optimizer's state rests between steps; "pinned_host" pages it to the accelerator tensor by
+    tensor and back, for two transfers of the state a step.
     """
 
     peak_lr: float = 6e-4
@@ -69,6 +72,7 @@ class Common(abc.ABC):
     schedule: Schedule = Cosine()
     clip_norm: float = 1.0
     weight_decay: float = 0.1
+    state_memory: Memory = "device"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -213,9 +217,36 @@ def _adamw(
 
 
 def _with_decay(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    if optim.state_memory != "device":
+        direction = _paged(direction)
     return optax.with_extra_args_support(
         optax.chain(direction, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     )
+
+
+def resting(optim: Common, opt_state: Tree) -> Tree:
+    """Abstract optimizer state with the memory it rests in."""
+    return opt_state if optim.state_memory == "device" else host_memory.on_host(opt_state)
+
+
+def _paged(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state rests in the host's memory.
+
+    Raises:
+      UserError: the devices cannot address it.
+    """
+    remedy = "leave the state on the device, and take an optimizer with less of it (AdamW8bit, AdamW4bit, Adafactor)"
+    host_memory.require("optim.state_memory=pinned_host", remedy)
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None, *, finite: jax.Array) -> tuple[Tree, Tree]:
+        fetched = host_memory.to_device(state)
+        updates, new = optax.with_extra_args_support(inner).update(updates, fetched, params, finite=finite)
+        return updates, host_memory.to_host(new)
+
+    def init(params: Tree) -> Tree:
+        return host_memory.to_host(inner.init(params))
+
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def _held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from meshgpt.loss import NextToken, cross_entropy
 from meshgpt.models import Model
-from meshgpt.optim import Optimizer, learning_rate
+from meshgpt.optim import Optimizer, learning_rate, resting
 from meshgpt.precision import LossScale, Precision, stochastic_round
 from meshgpt.trees import Tree
 
@@ -46,6 +46,12 @@ class TrainState:
 def init_state(model: Model, optim: Optimizer, key: jax.Array) -> TrainState:
     """A fresh state on the mesh that is set. Call it under `jax.jit`; under `jax.eval_shape` it allocates nothing."""
     return from_params(model.init(key), optim, model.precision)
+
+
+def abstract_state(model: Model, optim: Optimizer) -> TrainState:
+    """Shapes, dtypes, shardings and memories of `init_state`; allocates nothing."""
+    state = jax.eval_shape(lambda key: init_state(model, optim, key), jax.random.key(0))
+    return dataclasses.replace(state, opt_state=resting(optim, state.opt_state))
 
 
 def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision()) -> TrainState:

@@ -31,7 +31,15 @@ from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
-from meshgpt.step import Metrics, TrainState, init_state, make_eval_step, make_train_step, next_token_loss
+from meshgpt.step import (
+    Metrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    next_token_loss,
+)
 from meshgpt.tracker import Console, JsonLines, Several
 from meshgpt.trees import Tree, leaves_with_names
 from meshgpt.wrap_up import check_samples, finish
@@ -117,7 +125,7 @@ class Loop:
         return jax.jit(functools.partial(init_state, self.model, self.run.optim))(key)
 
     def abstract(self) -> TrainState:
-        return jax.eval_shape(functools.partial(init_state, self.model, self.run.optim), jax.random.key(0))
+        return abstract_state(self.model, self.run.optim)
 
 
 def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None]) -> TrainState:

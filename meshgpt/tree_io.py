@@ -120,7 +120,7 @@ def _with_shardings(abstract: Tree) -> Tree:
         elif sharding is None:
             sharding = NamedSharding(mesh, PartitionSpec())
         elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
-            sharding = NamedSharding(mesh, sharding.spec)
+            sharding = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(complete, abstract)

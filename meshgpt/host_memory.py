@@ -1,0 +1,45 @@
+"""The host's pinned memory, which GPUs and TPUs address: arrays that wait there for their turn."""
+
+import jax
+
+from meshgpt.errors import UserError
+from meshgpt.trees import Tree
+
+KIND = "pinned_host"
+
+
+def require(what: str, instead: str) -> None:
+    """Refuses `what`, a setting, where the devices cannot address the host's memory.
+
+    Raises:
+      UserError: saying what to do `instead`.
+    """
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if KIND not in kinds:
+        raise UserError(f"{what}: a {device.device_kind} addresses {', '.join(kinds)} only; {instead}")
+
+
+def to_host(tree: Tree) -> Tree:
+    """Inside jit: the tree with its arrays (not its scalars) in the host's memory."""
+    return _moved(tree, jax.memory.Space.Host)
+
+
+def to_device(tree: Tree) -> Tree:
+    """Inside jit: the tree with its arrays in the device's memory."""
+    return _moved(tree, jax.memory.Space.Device)
+
+
+def on_host(abstract: Tree) -> Tree:
+    """Abstract arrays as `to_host` leaves them, which `jax.eval_shape` does not say."""
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not leaf.ndim or leaf.sharding is None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(KIND))
+
+    return jax.tree.map(one, abstract)
+
+
+def _moved(tree: Tree, space: jax.memory.Space) -> Tree:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, tree)
