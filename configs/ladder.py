@@ -23,15 +23,15 @@ from meshgpt.optim import AdamW, Constant
 
 FOLDER = Path("runs/ladder")
 VOCABULARY = 1024
-SIZES = ((1, 32), (2, 32), (2, 48), (3, 64), (3, 80), (4, 96))  # layers, width
+WIDTHS = (16, 24, 32, 48, 64, 96)
 _SHORTEST = 200  # characters of a docstring worth keeping
 
 
 def rung(number: int) -> Run:
     """The run of one size, 1 to 6. All see the same tokens in the same order."""
-    layers, width = SIZES[number - 1]
+    width = WIDTHS[number - 1]
     return Run(
-        model=GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_layers=layers, n_heads=width // 16, d_model=width),
+        model=GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_layers=2, n_heads=width // 8, d_model=width),
         data=Data(
             prepare=Prepare(
                 sources=(str(FOLDER / "text"),),
@@ -43,10 +43,10 @@ def rung(number: int) -> Run:
         ),
         steps=800,
         global_batch=8,
-        optim=AdamW(peak_lr=0.15 / width, warmup_steps=40, schedule=Constant()),
+        optim=AdamW(peak_lr=0.02 / width**0.5, warmup_steps=40, schedule=Constant()),
         execution=Execution(unroll=0),
         eval_every=40,
-        eval_batches=16,
+        eval_batches=24,
         log_every=25,
         checkpointing=Checkpointing(every=400),
         samples=Samples(prompts=()),
@@ -84,13 +84,16 @@ def main() -> int:
     """Trains the six, one after the other; run again, it goes on where it stopped."""
     from meshgpt import runtime
     from meshgpt.errors import exit_code
+    from meshgpt.run_folder import RunFolder
     from meshgpt.train import train
 
     def command() -> None:
         write_prose(FOLDER / "text")
         runtime.start()
-        for number in range(1, len(SIZES) + 1):
-            train(rung(number), "python configs/ladder.py")
+        for run in map(rung, range(1, len(WIDTHS) + 1)):
+            train(run, "python configs/ladder.py")
+            if RunFolder(Path(run.run_dir)).finished_step() != run.steps:
+                return  # asked to stop, and saved
 
     return exit_code(command)
 

@@ -60,7 +60,7 @@ def probe(model: Model, tokens: np.ndarray) -> hf.Probe:
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     row_T = tokens[: min(PROBE_TOKENS, model.config.n_positions)].astype(np.int32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=hf.PROBE_COMPILER_OPTIONS)
     def logits(params: Tree, tokens_BT: jax.Array) -> jax.Array:
         decoder = model.bind(params)
         # On every device, so that each of several processes can read all of them.
@@ -112,6 +112,7 @@ def summary(run: Run, folder: RunFolder) -> str:
     places += [("Hugging Face model", folder.export)] if run.export != "none" else []
     lines += [f"  {name:<19} {path}" for name, path in places]
     lines += ["what next:", f'  meshgpt generate {folder.path} --prompt "..."']
+    lines += [f"  meshgpt report {folder.path}    a model card, plots and a page to look at"]
     lines += [f"  longer: the same command with --steps {run.steps * 2} goes on from here"]
     lines += ["  afresh: the same command with --resume never sets this run aside and starts again"]
     return "\n".join(lines)
