@@ -4,8 +4,8 @@
 
 Every round runs all of them one after the other, so that whatever else the machine does falls on each; the best round
 counts. `tokenizers` and sentencepiece get the documents as a list in memory and keep nothing; `prepare` reads JSON
-lines, hashes, splits, tokenizes in worker processes and writes a store. Times exclude the start of its workers where
-"steady" is said: a large corpus pays that once.
+lines, hashes, splits, tokenizes in worker processes and writes a store; its time includes the start of the workers,
+which a large corpus pays once.
 """
 
 import argparse
@@ -35,22 +35,12 @@ def read_documents(paths: list[Path], size: int) -> list[str]:
     return documents
 
 
-def timed_prepare(source: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, float, int]:
-    """Seconds in all, seconds from the first block done to the last block done (with their share), and tokens."""
-    marks: list[tuple[float, int]] = []
-
-    def progress(what: str, done: int, whole: int | None) -> None:
-        del whole
-        if what == "tokenizing":
-            marks.append((time.perf_counter(), done))
-
+def timed_prepare(source: Path, tokenizer: Path, out: Path, workers: int) -> tuple[float, int]:
+    """Seconds, the start of the workers included, and tokens."""
     config = Prepare(sources=(str(source),), out=str(out), tokenizer=str(tokenizer), val_fraction=0.0, workers=workers)
     begun = time.perf_counter()
-    store = prepare(config, progress)
-    total = time.perf_counter() - begun
-    (first, before), (last, after) = marks[0], marks[-1]
-    steady = (last - first) * after / max(1, after - before) if len(marks) > 2 else total
-    return total, steady, store.split("train").num_tokens
+    store = prepare(config, lambda *_: None)
+    return time.perf_counter() - begun, store.split("train").num_tokens
 
 
 def main() -> None:
@@ -90,16 +80,14 @@ def main() -> None:
             keep("tokenizers.encode_batch", time.perf_counter() - begun, tokens)
             for name, tokenizer in (("byte-level BPE", "bpe"), ("sentencepiece", "pieces")):
                 out = Path(scratch) / f"{tokenizer}-{number}"
-                total, steady, tokens = timed_prepare(source, Path(scratch) / tokenizer, out, asked.workers)
-                keep(f"meshgpt prepare, {name}", total, tokens)
-                keep(f"meshgpt prepare, {name}, steady", steady, tokens)
+                keep(f"meshgpt prepare, {name}", *timed_prepare(source, Path(scratch) / tokenizer, out, asked.workers))
             begun = time.perf_counter()
             tokens = sum(map(len, processor.encode(documents, num_threads=asked.workers)))
             keep("sentencepiece.encode", time.perf_counter() - begun, tokens)
     raw = best["tokenizers.encode_batch"][0]
-    print(f"{'':44} {'seconds':>8} {'MB/s':>7} {'tokens/s':>12}  of encode_batch's MB/s")
+    print(f"{'':32} {'seconds':>8} {'MB/s':>7} {'tokens/s':>12}  of encode_batch's MB/s")
     for name, (seconds, tokens) in best.items():
-        print(f"{name:44} {seconds:8.2f} {size / seconds / 1e6:7.2f} {tokens / seconds:12,.0f}  {raw / seconds:.0%}")
+        print(f"{name:32} {seconds:8.2f} {size / seconds / 1e6:7.2f} {tokens / seconds:12,.0f}  {raw / seconds:.0%}")
 
 
 if __name__ == "__main__":
