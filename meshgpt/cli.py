@@ -49,6 +49,18 @@ def _data(arguments: Sequence[str]) -> None:
     data(arguments)
 
 
+def _compile(arguments: Sequence[str]) -> None:
+    from meshgpt.compile_command import compile_recipe
+
+    compile_recipe(arguments)
+
+
+def _import(arguments: Sequence[str]) -> None:
+    from meshgpt.commands import import_weights
+
+    import_weights(arguments)
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
@@ -62,9 +74,11 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "data": (_data, "order|show|find|inspect|pack: what a run saw, and what a store holds"),
     "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
+    "import": (_import, "SOURCE --out DIR: weights of Hugging Face's or Mesh-Transformer-JAX's"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
     "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),
+    "compile": (_compile, "RECIPE --topology v3-256: will it fit and how fast, for a pod nobody has rented yet"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),
 }
 

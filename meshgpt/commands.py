@@ -16,7 +16,8 @@ from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
 from meshgpt.generate import Sampling, generate_text
-from meshgpt.precision import Precision
+from meshgpt.imported import import_model
+from meshgpt.precision import Float, Precision
 from meshgpt.tracker import progress_bar
 from meshgpt.trained import open_trained
 
@@ -108,3 +109,26 @@ def export(arguments: Sequence[str]) -> None:
         )
     print(verdict)
     print(f"{asked.out} is ready: transformers.AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Other people's weights as a checkpoint folder of ours, for generate, export and `--init`."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A Hugging Face folder, a hub id (owner/name), or a step_N folder of Mesh-Transformer-JAX."""
+    out: Path
+    """The folder to write; it must not exist."""
+    surgery: tyro.conf.OmitArgPrefixes[hf.Surgery] = hf.Surgery()
+    dtype: Float = "float32"
+    """In which the parameters are kept."""
+    mesh: MeshShape = MeshShape()
+
+
+def import_weights(arguments: Sequence[str]) -> None:
+    """meshgpt import SOURCE --out DIR"""
+    asked = tyro.cli(ImportArguments, prog="meshgpt import", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    with jax.set_mesh(make_mesh(asked.mesh)):
+        import_model(asked.source, asked.out, asked.surgery, asked.dtype, print)
+    print(f"{asked.out} is ready: meshgpt generate {asked.out} --prompt ..., or train with --init {asked.out}")

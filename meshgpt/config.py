@@ -65,6 +65,8 @@ class Run:
     """Microbatches that a step is cut into."""
     seed: int = 0
     """Of the parameters, the order of the text, dropout and the samples."""
+    init: str = ""
+    """Start from these weights: a folder of Hugging Face's, Mesh-Transformer-JAX's or `meshgpt import`'s, or a hub id."""
     optim: Optimizer = AdamW()
     objective: NextToken = NextToken()
     precision: Precision = Precision()

@@ -31,6 +31,7 @@ class RunFolder:
         self.record = path / "run.json"
         self._scratch = path / "run.json.tmp"
         self.metrics = path / "metrics.jsonl"
+        self.origin = path / "init.json"
         self.sessions = path / "sessions.json"
         self.evals = path / "evals"
         self.checkpoints = path / "checkpoints"

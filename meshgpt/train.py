@@ -25,6 +25,7 @@ from meshgpt.checkpoint import Checkpointer
 from meshgpt.config import Run, differences, to_json
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
+from meshgpt.imported import adopt, initial_state, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import Model, check_divisibility
 from meshgpt.run_data import RunData, open_run_data, without_preparing
@@ -51,6 +52,7 @@ def train(run: Run, command: str = "") -> None:
     Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
     """
     folder = RunFolder(Path(run.run_dir))
+    run = adopt(run, folder)
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say = _say if jax.process_index() == 0 else _silent
@@ -67,6 +69,7 @@ def train(run: Run, command: str = "") -> None:
                 folder.record_run(run, command)
                 tokenizer.save(folder.tokenizer)
                 data.write_ledger(folder.ledger)
+            record_origin(run, folder)
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return
@@ -139,7 +142,7 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
     if step is None:
         if loop.run.resume == "must":
             raise UserError("--resume must: no checkpoint was saved yet")
-        return loop.fresh()
+        return initial_state(loop.run, loop.model, loop.data.tokenizer(), say) if loop.run.init else loop.fresh()
     if step > loop.run.steps:
         raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
     loop.data.check_unchanged(checkpoints.metadata(step).get("data", []), f"step {step:,}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from meshgpt import digests, hf
 from meshgpt.checkpoint import completed_steps, latest_step, restore_params
 from meshgpt.errors import UserError
+from meshgpt.imported import RECORD, Imported
 from meshgpt.models import Model
 from meshgpt.precision import Precision
 from meshgpt.run_folder import RunFolder
@@ -24,9 +25,7 @@ class Trained:
     step: int | None
 
 
-def open_trained(
-    source: Path, precision: Precision, report: Callable[[str], None], step: int | None = None
-) -> Trained:
+def open_trained(source: Path, precision: Precision, report: Callable[[str], None], step: int | None = None) -> Trained:
     """Opens `source` on the mesh that is set; of a run, the newest intact checkpoint or the one of `step`.
 
     Raises:
@@ -34,14 +33,21 @@ def open_trained(
     """
     if (source / "run.json").is_file():
         return _from_run(RunFolder(source), precision, report, step)
+    if step is not None and source.is_dir():
+        raise UserError(f"--step {step}: {source} is not a run's folder, so it has one step only")
+    if (source / RECORD).is_file():
+        imported = Imported.open(source)
+        model = Model(config=imported.config, precision=precision)
+        if imported.tokenizer is None:
+            raise UserError(f"{source} was imported without a tokenizer: copy one to {source / 'tokenizer'}")
+        params = imported.load(model.abstract_params(), report)
+        return Trained(model=model, params=params, tokenizer=load_tokenizer(imported.tokenizer), step=None)
     if (source / "config.json").is_file():
-        if step is not None:
-            raise UserError(f"--step {step}: {source} is a Hugging Face folder, which has no steps")
         model = Model(config=hf.read_config(source), precision=precision)
         params = hf.load(source, model.config, model.abstract_params())
         return Trained(model=model, params=params, tokenizer=load_tokenizer(source), step=None)
-    what = "has neither a run.json nor a config.json" if source.is_dir() else "does not exist"
-    raise UserError(f"{source} {what}: give a run's folder or a Hugging Face folder")
+    what = f"has none of run.json, {RECORD} and config.json" if source.is_dir() else "does not exist"
+    raise UserError(f"{source} {what}: give a run's folder, an imported one, or a Hugging Face folder")
 
 
 def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], None], step: int | None) -> Trained:
