@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from meshgpt.errors import UserError
@@ -64,11 +65,26 @@ def _suggestion(device_count: int, tensor: int) -> str:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all of them by default) with the axes `data`, `fsdp`, `tensor`."""
+    """A mesh over `devices` (all of them by default) with the axes `data`, `fsdp`, `tensor`.
+
+    On TPU, neighbours in the mesh are neighbours in the slice; of several slices, each holds whole copies of the model,
+    so that only `data` crosses the network between them.
+    """
     devices = jax.devices() if devices is None else devices
     shape = shape.resolve(len(devices))
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    kinds = (AxisType.Explicit,) * len(AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape.data % slices:
+        raise UserError(f"mesh {shape}: {slices} slices need --mesh.data {slices}, or a multiple of it")
+    inside, across = (shape.data // slices, *sizes[1:]), (slices, 1, 1)
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

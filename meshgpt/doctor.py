@@ -54,6 +54,9 @@ def examine() -> str:
     """
     import jax
 
+    from meshgpt.runtime import quiet_libtpu
+
+    quiet_libtpu()
     try:
         devices = jax.local_devices()
     except RuntimeError as error:  # what JAX raises when a plugin that is installed cannot start

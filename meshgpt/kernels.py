@@ -53,7 +53,8 @@ def _device() -> tuple[str, str]:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend(), jax.devices()[0].device_kind
-    return {"cuda": "gpu"}.get(device.platform, device.platform), device.device_kind
+    platform = device.platform or ""
+    return {"cuda": "gpu"}.get(platform, platform), device.device_kind
 
 
 def _cudnn_refusal(platform: str, kind: str, dtype: jnp.dtype, head_size: int) -> str | None:
@@ -104,4 +105,5 @@ def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Arra
     q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BTNH, v_BTNH))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         kernel = kernels.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
-        return jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH).swapaxes(1, 2).astype(q_BTNH.dtype)
+        a_BNTH = jnp.asarray(jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH))
+    return a_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)

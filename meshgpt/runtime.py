@@ -6,6 +6,20 @@ from pathlib import Path
 import jax
 
 
+def quiet_libtpu() -> None:
+    """Where libtpu is installed and no TPU is: keeps it from looking for one and from logging that there is none."""
+    if os.environ.get("TPU_SKIP_MDS_QUERY") != "1":  # JAX sets it when it is imported on such a machine
+        return
+    for name, value in {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 def start() -> None:
     """Settings of a command that computes; call it before anything asks for a device.
 
@@ -13,6 +27,7 @@ def start() -> None:
     once a machine. With several CPU devices (JAX_NUM_CPU_DEVICES, for trying out a mesh) programs run one at a time: a
     second one in flight can take the threads that a collective of the first waits for.
     """
+    quiet_libtpu()
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "meshgpt" / "xla"))

@@ -1,0 +1,258 @@
+"""A run's train step compiled for a pod that is not there: does it fit, what does it send, how long does it take.
+
+JAX compiles for a description of devices; libtpu (the extra `tpu`) holds the TPU's compiler, JAX's CUDA plugin (the
+extra `cuda12` or `cuda13`) the GPU's. Nothing runs: memory is the compiler's own account, time an estimate.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies as jax_topologies
+
+from meshgpt import hlo, runtime, scaling
+from meshgpt.axes import MeshShape, make_mesh, spec
+from meshgpt.config import Run
+from meshgpt.errors import UserError
+from meshgpt.models import Model, check_divisibility
+from meshgpt.step import TrainState, init_state, make_train_step, next_token_loss
+from meshgpt.topologies import GENERATIONS, GPUS, Topology
+from meshgpt.trees import leaves_with_names
+
+# What the estimate of time assumes.
+EFFICIENCY = 0.6  # of the peak, in matrix multiplications and all that goes with them
+# Of a forward pass, in the backward pass.
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "named": 0.1, "offload": 0.1, "full": 1.0}
+MARGIN = 0.05  # of the memory, below which XLA begins to recompute in silence
+
+_GPU_TARGET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {traffic}
+l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "{kind}" """
+_GPU_KINDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device. arguments: parameters, optimizer and batch, as they rest. peak: the most at any time."""
+
+    parameters: int
+    optimizer: int
+    arguments: int
+    peak: int
+    limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= (1 - MARGIN) * self.limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds of a step: computing, and moving bytes by mesh axis; at best at once, at worst one after the other."""
+
+    computing: float
+    moving: dict[str, float]
+
+    @property
+    def best(self) -> float:
+        return max(self.computing, *self.moving.values(), 0.0) if self.moving else self.computing
+
+    @property
+    def worst(self) -> float:
+        return self.computing + sum(self.moving.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What compiling one run for one topology has shown."""
+
+    run: Run
+    topology: Topology
+    mesh: MeshShape
+    memory: Memory
+    collectives: tuple[hlo.Collective, ...]
+    kernel: str
+    flops_per_token: int
+    estimate: Estimate
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.global_batch * self.run.sequence_length
+
+    def mfu(self, seconds: float) -> float:
+        """Of the model's FLOPs, were a step to take `seconds`."""
+        return (
+            self.flops_per_token * self.tokens_per_step / seconds / (self.topology.device_count * peak(self.topology))
+        )
+
+
+class TooLargeError(UserError):
+    """The compiler found no room."""
+
+
+def quiet_compiler() -> None:
+    """What libtpu must be told before it is loaded: that there is no TPU here, and to keep its log to itself."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    runtime.quiet_libtpu()
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices_of(topology: Topology) -> Sequence[jax.Device]:
+    """Devices to compile for; they cannot run anything.
+
+    Raises:
+      UserError: the compiler for them is not installed.
+    """
+    try:
+        if not topology.is_tpu:
+            gpu = GPUS[topology.generation]
+            target = _GPU_TARGET.format(
+                traffic=gpu.traffic, memory=gpu.memory, kind=_GPU_KINDS[topology.generation]
+            ).replace("\n", " ")
+            shape = f"1x1x{topology.chip_count}"
+            return jax_topologies.get_topology_desc("", "cuda", target_config=target, topology=shape).devices
+        kind = GENERATIONS[topology.generation]
+        name = f"{topology.generation}:{'x'.join(map(str, topology.chips))}"
+        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        three = (*topology.wrap, False)[:3]  # a slice of two axes has a third of length 1
+        wrap = {"wrap": three} if any(three) else {}
+        return jax_topologies.get_topology_desc(name, "tpu", **wrap, **several, **dict(kind.options)).devices
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        extra = "tpu" if topology.is_tpu else "cuda12"
+        raise UserError(
+            f"--topology {topology.name}: the compiler for it cannot be loaded ({str(error).splitlines()[0][:200]}). "
+            f"It comes with the extra: pip install 'meshgpt[{extra}]'"
+        ) from error
+
+
+def peak(topology: Topology) -> float:
+    """FLOP/s of one device in 16 bits."""
+    kinds = {"v2": "TPU v2", "v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}
+    found = scaling.peak_flops((kinds | _GPU_KINDS)[topology.generation])
+    assert found is not None
+    return found
+
+
+def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
+    """Compiles the train step of `run` for `topology`.
+
+    Args:
+      hbm: bytes of a device, instead of what the topology's has (TPU only): a smaller chip simulated.
+
+    Raises:
+      TooLargeError: it does not fit, by how much.
+      UserError: the mesh does not match the devices, or the model the mesh.
+    """
+    devices = devices_of(topology)
+    shape = run.mesh.resolve(len(devices))
+    check_divisibility(run.model, shape, run.global_batch, run.accumulate)
+    run = dataclasses.replace(run, precision=run.precision.resolve("tpu" if topology.is_tpu else "gpu"), mesh=shape)
+    limit = min(topology.memory, hbm or topology.memory)
+    mesh = make_mesh(shape, devices)
+    with jax.set_mesh(mesh):
+        state, lowered = _lower(run, mesh)
+    try:
+        compiled = lowered.compile(compiler_options=_options(hbm))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLargeError(_shortfall(str(error), topology, limit)) from error
+    text = compiled.as_text() or ""
+    found = tuple(hlo.collectives(text, {axis: getattr(shape, axis) for axis in mesh.axis_names}))
+    memory = _memory(compiled, state, limit)
+    shapes = {name: leaf.shape for name, leaf in leaves_with_names(state.params)}
+    flops = scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
+    proof = Proof(
+        run=run, topology=topology, mesh=shape, memory=memory, collectives=found, kernel=_kernel(text),
+        flops_per_token=flops, estimate=_estimate(run, topology, flops, found),
+    )  # fmt: skip
+    if not topology.is_tpu and not memory.fits:  # XLA for GPUs compiles what does not fit, too
+        raise TooLargeError(_too_large(topology, memory.peak, limit))
+    return proof
+
+
+def _lower(run: Run, mesh: jax.sharding.Mesh) -> tuple[TrainState, jax.stages.Lowered]:
+    model = Model(config=run.model, execution=run.execution, precision=run.precision)
+    # No dropout key: what draws the noise costs nothing that an estimate would show.
+    step = make_train_step(next_token_loss(model, run.objective), run.optim, run.steps, None)
+    state = jax.eval_shape(lambda: init_state(model, run.optim, jax.random.key(run.seed)))
+    sharding = jax.sharding.NamedSharding(mesh, spec("_ batch seq"))
+    rows, length = run.global_batch // run.accumulate, run.sequence_length
+    tokens = jax.ShapeDtypeStruct((run.accumulate, rows, length + 1), jnp.int32, sharding=sharding)
+    weights = jax.ShapeDtypeStruct((run.accumulate, rows, length), jnp.float32, sharding=sharding)
+    return state, jax.jit(step, donate_argnums=0).lower(state, tokens, weights)
+
+
+def _options(hbm: int | None) -> dict[str, str | bool] | None:
+    return None if hbm is None else {"xla_tpu_max_hbm_size_mib": str(hbm >> 20)}
+
+
+def shard_bytes(tree: object) -> int:
+    """Bytes of a tree of arrays (or their shapes) on one device."""
+
+    def part(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _memory(compiled: jax.stages.Compiled, state: TrainState, limit: int) -> Memory:
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return Memory(
+        parameters=shard_bytes(state.params),
+        optimizer=shard_bytes(state.opt_state),
+        arguments=analysis.argument_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes,
+        limit=limit,
+    )
+
+
+def _kernel(text: str) -> str:
+    targets = hlo.kernels(text)
+    if any("tpu_custom_call" in target for target in targets):
+        return "splash"
+    return "cudnn" if any("fmha" in target for target in targets) else "xla"
+
+
+def _estimate(run: Run, topology: Topology, flops: int, found: Sequence[hlo.Collective]) -> Estimate:
+    done = flops * run.global_batch * run.sequence_length * (1 + RECOMPUTED[run.execution.remat] / 3)
+    seconds: dict[str, float] = defaultdict(float)
+    for one in found:
+        across = topology.slices > 1 and "data" in one.axes
+        seconds[one.axes] += one.moved * one.times / bandwidth(topology, across)
+    return Estimate(computing=done / (topology.device_count * peak(topology) * EFFICIENCY), moving=dict(seconds))
+
+
+def bandwidth(topology: Topology, across: bool) -> float:
+    """Bytes a second that a device receives in a collective along one axis: both ways round a ring, one way without."""
+    if not topology.is_tpu:
+        return GPUS[topology.generation].link
+    kind = GENERATIONS[topology.generation]
+    return kind.network if across else kind.link * (2 if any(topology.wrap) else 1)
+
+
+def _too_large(topology: Topology, needed: float, limit: float) -> str:
+    return (
+        f"it does not fit: at least {needed / 2**30:.2f} GiB on a device of {topology.name}, which has "
+        f"{limit / 2**30:.2f}: {(needed - limit) / 2**30:.2f} GiB too much"
+    )
+
+
+def _shortfall(message: str, topology: Topology, limit: int) -> str:
+    # The wording is the compiler's and changes; where it names no figure, only the fact is told.
+    stated = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
+    if stated is None:
+        return f"it does not fit on a device of {topology.name}, which has {limit / 2**30:.2f} GiB"
+    number, unit = stated[1] or stated[3], stated[2] or stated[4]
+    return _too_large(topology, float(number) * 2 ** (10 * "KMGT".index(unit) + 10), limit)
