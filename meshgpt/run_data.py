@@ -74,11 +74,11 @@ class RunData:
                         f"{held[what][:12]}, now {row[what][:12]}): give the store it was trained on (then at "
                         f"{held['store']}); or {remedy}"
                     )
-            if held["first_step"] != row["first_step"]:
-                raise UserError(
-                    f"this version of meshgpt puts the run's data into another order than at {since}: go on with the "
-                    f"version that run.json names; or {remedy}"
-                )
+        if any(row["first_step"] != before[row["name"]]["first_step"] for row in self.record()):
+            raise UserError(
+                f"this version of meshgpt puts the run's data into another order than at {since}: go on with the "
+                f"version that run.json names; or {remedy}"
+            )
 
     def write_ledger(self, path: Path) -> None:
         """The record as a file, for those who come back a year later."""

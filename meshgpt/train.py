@@ -186,7 +186,8 @@ def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
     proved = prove_isolation(loop.model, state.params, tokens, end)
     if jax.process_index() == 0:
         said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
-        _say(f"no token of the first batch sees another document, by gradient ({said})")
+        proven = "no token of the first batch sees another document, by gradient"
+        _say(f"{proven} ({said})" if proved.shared_rows else f"the first batch cannot prove masking: {said}")
 
 
 def evaluate(loop: Loop, params: Tree) -> dict[str, float]:

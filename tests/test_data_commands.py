@@ -195,6 +195,9 @@ def test_other_packing_and_other_order_are_refused(mixed: Run, tmp_path: Path):
         other.check_unchanged(recorded, "step 5")
     with pytest.raises(UserError, match="puts the run's data into another order than at step 5"):
         before.check_unchanged([{**row, "first_step": "0"} for row in recorded], "step 5")
+    moved = [recorded[0], {**recorded[1], "digest": "0"}]
+    with pytest.raises(UserError, match=r"email has other tokens than the run had at step 5"):
+        before.check_unchanged([{**row, "first_step": "0"} for row in moved], "step 5")
     with pytest.raises(UserError, match="the source 'email' was not there at step 5"):
         before.check_unchanged(recorded[:1], "step 5")
 
