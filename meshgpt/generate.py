@@ -6,8 +6,6 @@ V padded vocabulary, C tokens of one decode call.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from meshgpt.errors import UserError
 from meshgpt.feed import fetch
 from meshgpt.layers import LayerCache, weight
 from meshgpt.models import Model
+from meshgpt.sampling import Knobs, Sampling, draw
 from meshgpt.tokenizer import Tokenizer
 from meshgpt.trees import Tree
 
@@ -30,62 +29,26 @@ _FIRST_SLOTS = 256
 _SHORTEST_PROMPT = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How new tokens are drawn.
-
-    max_new_tokens: per sample; fewer at an end of text or where the context is full. temperature: divides the logits;
-    0 takes the likeliest token. top_k: only the k likeliest tokens (ties of the k-th too); 0 is off. top_p: of these,
-    the fewest whose probability is at least p (Holtzman et al. 2020, section 3.1); 1 is off. seed: token t of sample s
-    of prompt r is drawn with randomness that depends on (seed, r, s, t) alone. samples: continuations of each prompt.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    samples: int = 1
-
-    def __post_init__(self) -> None:
-        def refuse(name: str, remedy: str) -> None:
-            raise UserError(f"sampling {name}={getattr(self, name)}: {remedy}")
-
-        if self.max_new_tokens < 1:
-            refuse("max_new_tokens", "give at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            refuse("temperature", "give 0 for the likeliest token, or a positive number")
-        if self.top_k < 0:
-            refuse("top_k", "give a number of tokens, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            refuse("top_p", "give a probability in (0, 1]; 1 turns it off")
-        if not 0 <= self.seed < 2**32:
-            refuse("seed", "give a number from 0 to 4294967295")
-        if self.samples < 1:
-            refuse("samples", "give at least 1")
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Knobs:
-    """`Sampling` as arrays, so that another temperature is not another program."""
+class _Ready:
+    """A decoder and its single blocks."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
-    eot: jax.Array
+    decoder: Decoder
+    blocks: list[nnx.Module]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What stays the same of each row: its prompt and sample (indices), prompt length, and most tokens to draw."""
+    """What stays the same of each row: its prompt and sample (indices), prompt length, most tokens to draw, and the id
+    that ends it (-1 where none does)."""
 
     prompt_R: jax.Array
     sample_R: jax.Array
     length_R: jax.Array
     limit_R: jax.Array
+    eot_R: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +92,7 @@ class Generator:
 
     def __init__(self, model: Model, params: Tree):
         self._model = model
-        self._decoder = _prepare(model, params)
+        self._ready = _prepare(model, params)
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, *, eot_id: int | None) -> list[list[list[int]]]:
         """See the function `generate`."""
@@ -139,10 +102,10 @@ class Generator:
         last = min(shape.n_positions, longest + sampling.max_new_tokens)
         slots = _slots(longest + 1, last, shape.n_positions)
         shards = _batch_shards()
-        rows, done_R = _rows(prompts, sampling, shape.n_positions, shards)
-        knobs = _knobs(sampling, eot_id)
+        rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, eot_id)
+        knobs = Knobs.of(sampling)
         tokens_PT, lengths_P = _padded(prompts, _power(longest, shape.n_positions), shards)
-        out_RC, state = _prefill(self._decoder, tokens_PT, lengths_P, rows, done_R, knobs, slots)
+        out_RC, state = _prefill(self._ready, tokens_PT, lengths_P, rows, done_R, knobs, slots)
         found = [fetch(out_RC)]
         while not (done_R := fetch(state.done_R)).all():
             used = int((rows.length_R + fetch(state.drawn_R) - 1)[~done_R].max())
@@ -150,7 +113,7 @@ class Generator:
                 slots = _slots(used + 1, last, shape.n_positions)
                 state = _grow(state, slots)
             steps = min(CHUNK, slots - used)
-            out_RC, state = _decode(self._decoder, rows, knobs, state, np.int32(steps))
+            out_RC, state = _decode(self._ready, rows, knobs, state, np.int32(steps))
             found.append(fetch(out_RC)[:, :steps])
         return _collected(np.concatenate(found, 1), fetch(state.drawn_R), len(prompts), sampling.samples, eot_id)
 
@@ -202,25 +165,20 @@ def _padded(prompts: list[list[int]], length: int, shards: int) -> tuple[np.ndar
     return tokens_PT, lengths_P
 
 
-def _rows(prompts: list[list[int]], sampling: Sampling, n_positions: int, shards: int) -> tuple[_Rows, np.ndarray]:
+def _rows(
+    prompts: list[list[int]], sampling: Sampling, n_positions: int, shards: int, eot_id: int | None
+) -> tuple[_Rows, np.ndarray]:
     """The rows, and which of them are done before they begin: the padding."""
     real = len(prompts) * sampling.samples
-    padding = -real % shards
-    prompt_R = np.pad(np.arange(real, dtype=np.int32) // sampling.samples, (0, padding))
-    length_R = np.array([len(prompt) for prompt in prompts], np.int32)[prompt_R]
-    limit_R = np.minimum(sampling.max_new_tokens, n_positions - length_R).astype(np.int32)
-    sample_R = np.arange(real + padding, dtype=np.int32) % sampling.samples
-    return _Rows(prompt_R, sample_R, length_R, limit_R), np.arange(real + padding) >= real
-
-
-def _knobs(sampling: Sampling, eot_id: int | None) -> _Knobs:
-    return _Knobs(
-        temperature=np.float32(sampling.temperature),
-        top_k=np.float32(sampling.top_k or np.inf),
-        top_p=np.float32(sampling.top_p),
-        seed=np.uint32(sampling.seed),
-        eot=np.int32(-1 if eot_id is None else eot_id),
-    )
+    # XLA's CPU attention copies the whole cache where a device has one row, and is faster with two.
+    multiple = 2 * shards if jax.default_backend() == "cpu" else shards
+    count = -(-real // multiple) * multiple
+    prompt_R = np.pad(np.arange(real) // sampling.samples, (0, count - real))
+    length_R = np.array([len(prompt) for prompt in prompts])[prompt_R]
+    limit_R = np.minimum(sampling.max_new_tokens, n_positions - length_R)
+    sample_R, eot_R = np.arange(count) % sampling.samples, np.full(count, -1 if eot_id is None else eot_id)
+    rows = _Rows(*(jnp.asarray(a, jnp.int32) for a in (prompt_R, sample_R, length_R, limit_R, eot_R)))
+    return rows, np.arange(count) >= real
 
 
 def _collected(
@@ -234,38 +192,38 @@ def _collected(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prepare(model: Model, params: Tree) -> Decoder:
-    """The decoder with its stack split into a list of blocks, gathered over `fsdp`, matrices in the compute dtype."""
+def _prepare(model: Model, params: Tree) -> _Ready:
+    """The parameters as generation uses them: see `Generator`."""
     decoder = model.bind(params)
 
-    def ready(leaf: nnx.Param) -> nnx.Param:
-        value = leaf.get_value()
-        return leaf.replace(weight(leaf, model.precision.compute_dtype if value.ndim > 1 else value.dtype))
+    def ready(leaf: nnx.Param) -> nnx.Variable:
+        # Vectors keep their dtype: norms compute in float32.
+        return leaf.replace(weight(leaf, model.precision.compute_dtype if leaf.ndim > 1 else leaf.dtype))
 
-    blocks = single_blocks(decoder)
-    decoder.blocks = nnx.List(jax.tree.map(ready, blocks, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)))
-    return decoder
+    blocks = jax.tree.map(ready, single_blocks(decoder), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    decoder.blocks = nnx.Module()  # the stack, which nothing uses any more
+    return _Ready(decoder, blocks)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
 def _prefill(
-    decoder: Decoder,
+    ready: _Ready,
     tokens_PT: jax.Array,
     lengths_P: jax.Array,
     rows: _Rows,
     done_R: jax.Array,
-    knobs: _Knobs,
+    knobs: Knobs,
     slots: int,
 ) -> tuple[jax.Array, _State]:
     """The prompts through the model once, a row for each sample of each, and every row's first token."""
     rows = _on_mesh(rows)
     tokens_PT = jax.sharding.reshard(tokens_PT, spec("batch _"))
-    caches = decoder.empty_caches(*tokens_PT.shape)
-    x_PTD, caches = decoder.extend(tokens_PT, jnp.zeros_like(lengths_P), caches, list(decoder.blocks))
+    caches = ready.decoder.empty_caches(*tokens_PT.shape)
+    x_PTD, caches = ready.decoder.extend(tokens_PT, jnp.zeros_like(lengths_P), caches, ready.blocks)
     at_end = jnp.arange(tokens_PT.shape[1])[None] == jax.sharding.reshard(lengths_P, spec("batch"))[:, None] - 1
     x_P1D = jnp.sum(jnp.where(at_end[..., None], x_PTD, jnp.zeros_like(x_PTD)), 1, keepdims=True)
-    logits_RV = _of_rows(decoder.logits(x_P1D)[:, 0], rows, "batch _")
-    caches = jax.tree.map(lambda c: _lengthened(_of_rows(c, rows, "batch _ heads _"), slots), caches)
+    logits_RV = _of_rows(ready.decoder.logits(x_P1D)[:, 0], rows, "batch _")
+    caches = jax.tree.map(lambda c: _lengthened(_of_rows(c, rows, "batch heads _ _"), slots), caches)
     done_R = jax.sharding.reshard(done_R, spec("batch"))
     return _drawn(logits_RV, rows, knobs, _State(rows.prompt_R, jnp.zeros_like(rows.length_R), done_R, caches))
 
@@ -275,8 +233,8 @@ def _of_rows(a_P: jax.Array, rows: _Rows, axes: str) -> jax.Array:
     return a_P.at[rows.prompt_R].get(out_sharding=spec(axes))
 
 
-def _lengthened(cache_RSNH: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(cache_RSNH, ((0, 0), (0, slots - cache_RSNH.shape[1]), (0, 0), (0, 0)))
+def _lengthened(cache_RNSH: jax.Array, slots: int) -> jax.Array:
+    return jnp.pad(cache_RNSH, ((0, 0), (0, 0), (0, slots - cache_RNSH.shape[2]), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -286,9 +244,9 @@ def _grow(state: _State, slots: int) -> _State:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _decode(decoder: Decoder, rows: _Rows, knobs: _Knobs, state: _State, steps: jax.Array) -> tuple[jax.Array, _State]:
+def _decode(ready: _Ready, rows: _Rows, knobs: Knobs, state: _State, steps: jax.Array) -> tuple[jax.Array, _State]:
     """Up to `steps` more tokens of each row: (R, CHUNK), of which a row's valid ones are those it has drawn."""
-    rows, blocks = _on_mesh(rows), list(decoder.blocks)
+    rows = _on_mesh(rows)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, _State]) -> jax.Array:
         step, _, state = carry
@@ -297,8 +255,10 @@ def _decode(decoder: Decoder, rows: _Rows, knobs: _Knobs, state: _State, steps: 
     def body(carry: tuple[jax.Array, jax.Array, _State]) -> tuple[jax.Array, jax.Array, _State]:
         step, out_RC, state = carry
         positions_R = rows.length_R + state.drawn_R - 1
-        x_R1D, caches = decoder.extend(state.token_R[:, None], positions_R, state.caches, blocks)
-        token_R1, state = _drawn(decoder.logits(x_R1D)[:, 0], rows, knobs, dataclasses.replace(state, caches=caches))
+        x_R1D, caches = ready.decoder.extend(state.token_R[:, None], positions_R, state.caches, ready.blocks)
+        token_R1, state = _drawn(
+            ready.decoder.logits(x_R1D)[:, 0], rows, knobs, dataclasses.replace(state, caches=caches)
+        )
         return step + 1, jax.lax.dynamic_update_slice_in_dim(out_RC, token_R1, step, 1), state
 
     out_RC = jnp.zeros((state.token_R.shape[0], CHUNK), jnp.int32, out_sharding=spec("batch _"))
@@ -310,79 +270,14 @@ def _on_mesh(rows: _Rows) -> _Rows:
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, spec("batch")), rows)
 
 
-def _drawn(logits_RV: jax.Array, rows: _Rows, knobs: _Knobs, state: _State) -> tuple[jax.Array, _State]:
+def _drawn(logits_RV: jax.Array, rows: _Rows, knobs: Knobs, state: _State) -> tuple[jax.Array, _State]:
     """One token a row, (R, 1), and the state after it. A row that is done stays as it is."""
     logits_RV = jax.sharding.reshard(logits_RV, spec("batch _"))
     by_row, same = spec("batch"), jax.tree.map(lambda _: spec(""), knobs)
     token_R = jax.shard_map(
-        _draw, in_specs=(spec("batch _"), by_row, by_row, by_row, same), out_specs=by_row, check_vma=False
+        draw, in_specs=(spec("batch _"), by_row, by_row, by_row, same), out_specs=by_row, check_vma=False
     )(logits_RV, rows.prompt_R, rows.sample_R, state.drawn_R, knobs)
     token_R = jnp.where(state.done_R, state.token_R, token_R)
     drawn_R = jnp.where(state.done_R, state.drawn_R, state.drawn_R + 1)
-    done_R = state.done_R | (token_R == knobs.eot) | (drawn_R >= rows.limit_R)
+    done_R = state.done_R | (token_R == rows.eot_R) | (drawn_R >= rows.limit_R)
     return token_R[:, None], _State(token_R, drawn_R, done_R, state.caches)
-
-
-def _draw(
-    logits_RV: jax.Array, prompt_R: jax.Array, sample_R: jax.Array, drawn_R: jax.Array, knobs: _Knobs
-) -> jax.Array:
-    """One token for each of one device's rows."""
-
-    def greedy() -> jax.Array:
-        return jnp.argmax(logits_RV, -1).astype(jnp.int32)
-
-    def sampled() -> jax.Array:
-        kept_RV = filtered(logits_RV / knobs.temperature, knobs.top_k, knobs.top_p)
-
-        def one(prompt: jax.Array, sample: jax.Array, drawn: jax.Array, logits_V: jax.Array) -> jax.Array:
-            key = jax.random.key(knobs.seed)
-            for index in (prompt, sample, drawn):
-                key = jax.random.fold_in(key, index)
-            return jax.random.categorical(key, logits_V).astype(jnp.int32)
-
-        return jax.vmap(one)(prompt_R, sample_R, drawn_R, kept_RV)
-
-    return jax.lax.cond(knobs.temperature == 0, greedy, sampled)
-
-
-def filtered(logits_RV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The logits, -inf where top-k and then top-p leave a token out. top_k=inf and top_p=1 leave none out.
-
-    By thresholds instead of by sorting, which costs more and would need k at compile time.
-    """
-    order_RV = _ordered(logits_RV)
-
-    def k_most() -> jax.Array:
-        def enough(kept_RV: jax.Array) -> jax.Array:
-            return jnp.sum(kept_RV, -1, dtype=jnp.float32) >= top_k
-
-        return jnp.where(order_RV >= _threshold(order_RV, enough), logits_RV, -jnp.inf)
-
-    logits_RV = jax.lax.cond(jnp.isinf(top_k), lambda: logits_RV, k_most)
-
-    def nucleus() -> jax.Array:
-        p_RV = jax.nn.softmax(logits_RV, -1)
-
-        def enough(kept_RV: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(kept_RV, p_RV, 0.0), -1) >= top_p
-
-        return jnp.where(order_RV >= _threshold(order_RV, enough), logits_RV, -jnp.inf)
-
-    return jax.lax.cond(top_p >= 1, lambda: logits_RV, nucleus)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 that compare as the float32 do."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign == 0, bits | sign, ~bits)
-
-
-def _threshold(order_RV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """(R, 1): the largest integer of which `enough(order >= integer)` holds; bit by bit from the highest."""
-
-    def bit(index: jax.Array, found_R1: jax.Array) -> jax.Array:
-        candidate_R1 = found_R1 | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        return jnp.where(enough(order_RV >= candidate_R1)[:, None], candidate_R1, found_R1)
-
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros((order_RV.shape[0], 1), jnp.uint32))
