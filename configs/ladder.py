@@ -3,7 +3,7 @@
     python configs/ladder.py
     meshgpt plan fit runs/ladder/n{1..5} --predict runs/ladder/n6 --plot ladder.png
 
-Hardware: any; two busy CPU cores take about twelve minutes. No download: the text is the prose in Python's standard library,
+Hardware: any; two busy CPU cores take twelve minutes. No download: the text is the prose in Python's standard library,
 its docstrings and the language reference that `help()` prints. The learning rate stays constant, so that every
 evaluation is a point of the law. Result: docs/scaling.md.
 """
