@@ -36,6 +36,11 @@ def prepare(arguments: Sequence[str]) -> None:
     for name in ("train", "val"):
         split = store.split(name)
         print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+    counts = store.index["counts"]
+    if counts["bad_records"]:
+        print("\n  ".join([f"{counts['bad_records']:,} bad records were skipped; the first:", *counts["first_bad"]]))
+    if counts["duplicates"]:
+        print(f"{counts['duplicates']:,} duplicates dropped, {counts['duplicate_bytes']:,} bytes")
     print(f"{store.folder} is ready: train on it with --data.store {store.folder}")
 
 
