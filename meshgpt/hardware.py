@@ -1,4 +1,4 @@
-"""Power and price of devices, for energy and cost. Both are assumptions that a reader may replace; each says its source.
+"""Power and price of devices, for energy and cost: assumptions that a reader may replace; each says its source.
 
 Power is the maker's rating of one JAX device (thermal design power; a device of TPU v2, v3 and v7 is half a chip): what
 training draws is near it on a busy device and less on an idle one. Host, network and cooling are not in it.

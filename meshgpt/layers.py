@@ -213,7 +213,8 @@ class Attention(nnx.Module):
         dtype: jnp.dtype, rngs: nnx.Rngs, kernel: Kernel,
     ):  # fmt: skip
         head = width // heads
-        self.dropout, self.kernel = dropout, kernel
+        self.dropout = dropout
+        self.kernel: Kernel = kernel
         self.q_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)
         self.k_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)
         self.v_DNH = param(rngs.params(), (width, heads, head), "fsdp heads _", qkv, dtype)

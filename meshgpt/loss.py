@@ -10,7 +10,7 @@ vocabulary slice.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,19 @@ class NextToken:
 
 
 class _Gradients(NamedTuple):
-    x_BTD: jax.Array
-    weight_VD: jax.Array
-    bias_V: jax.Array | None
+    """Gradients, or in their places how they lie on the mesh."""
+
+    x_BTD: Any
+    weight_VD: Any
+    bias_V: Any
+
+
+class _Totals(NamedTuple):
+    """Sums over chunks; the gradients of weight and bias where they are asked for."""
+
+    loss: jax.Array
+    weight_vD: jax.Array | None
+    bias_v: jax.Array | None
 
 
 def cross_entropy(
@@ -98,20 +108,22 @@ def _local(vocab_size, objective, differentiate, x_bTD, weight_shard, bias_v, ta
     ids_v = jax.lax.axis_index("tensor") * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
     chunk = functools.partial(_chunk, vocab_size, objective.z_loss, differentiate, w_vD, bias_v, ids_v)
     xs = tuple(_split(a, objective.chunk_tokens) for a in (x_bTD, targets_bT, weights_bT))
-    zeros = (jnp.zeros((), jnp.float32),)
-    if differentiate:
-        zeros += (jnp.zeros(w_vD.shape, jnp.float32), None if bias_v is None else jnp.zeros(bias_v.shape, jnp.float32))
+    zeros = _Totals(
+        loss=jnp.zeros((), jnp.float32),
+        weight_vD=jnp.zeros(w_vD.shape, jnp.float32) if differentiate else None,
+        bias_v=jnp.zeros(bias_v.shape, jnp.float32) if differentiate and bias_v is not None else None,
+    )
     if xs[0].shape[0] == 1:
         totals, dx = chunk(zeros, tuple(a[0] for a in xs))
         dx = None if dx is None else dx[None]
     else:
         totals, dx = jax.lax.scan(chunk, zeros, xs)
-    loss = jax.lax.psum(totals[0], BATCH_AXES)
-    if not differentiate:
+    loss = jax.lax.psum(totals.loss, BATCH_AXES)
+    if dx is None:
         return loss, None
     dx_bTD = jnp.moveaxis(dx, 0, 1).reshape(x_bTD.shape[0], -1, x_bTD.shape[2])[:, : x_bTD.shape[1]]
-    dw = jax.lax.psum_scatter(jax.lax.psum(totals[1], "data"), "fsdp", tiled=True)
-    db = None if bias_v is None else jax.lax.psum(totals[2], BATCH_AXES).astype(bias_v.dtype)
+    dw = jax.lax.psum_scatter(jax.lax.psum(totals.weight_vD, "data"), "fsdp", tiled=True)
+    db = None if bias_v is None else jax.lax.psum(totals.bias_v, BATCH_AXES).astype(bias_v.dtype)
     return loss, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
 
 
@@ -137,13 +149,13 @@ def _chunk(vocab_size, z_loss, differentiate, w_vD, bias_v, ids_v, totals, xs):
     logsumexp = jnp.log(normaliser) + top
     hit = ids_v[None, None] == targets_bc[..., None]
     gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
-    loss = totals[0] + jnp.sum(weights_bc * (logsumexp - gold + z_loss * jnp.square(logsumexp)))
+    loss = totals.loss + jnp.sum(weights_bc * (logsumexp - gold + z_loss * jnp.square(logsumexp)))
     if not differentiate:
-        return (loss,), None
+        return _Totals(loss, None, None), None
     slope = weights_bc * (1.0 + 2.0 * z_loss * logsumexp) / normaliser
     g = exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
-    db = None if bias_v is None else totals[2] + g.sum((0, 1))
+    db = None if bias_v is None else totals.bias_v + g.sum((0, 1))
     g = g.astype(x_bcD.dtype)
-    dw = totals[1] + jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
+    dw = totals.weight_vD + jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
     dx = jax.lax.psum(jnp.einsum("bcv,vD->bcD", g, w_vD, preferred_element_type=jnp.float32), "tensor")
-    return (loss, dw, db), dx.astype(x_bcD.dtype)
+    return _Totals(loss, dw, db), dx.astype(x_bcD.dtype)

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from meshgpt.config import Run
 from meshgpt.data.files import write_atomically
@@ -59,7 +60,7 @@ class RunData:
             for (name, store), records in zip(self.stores.items(), self.batches.sources, strict=True)
         ]
 
-    def check_unchanged(self, recorded: list[dict[str, str]], since: str) -> None:
+    def check_unchanged(self, recorded: Any, since: str) -> None:
         """Raises UserError where the data are not those of `recorded`, an earlier `record()` from `since`."""
         remedy = "give another --run-dir, or --resume never to start afresh (the old run is set aside)"
         before = {row["name"]: row for row in recorded}

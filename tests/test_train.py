@@ -183,9 +183,7 @@ def test_a_finished_run_says_so(here: Here, on_eight: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", ["export", "samples.txt", "the mark"])
-def test_a_run_killed_at_its_very_end_is_finished_by_the_next(
-    here: Here, on_eight: Path, tmp_path: Path, missing: str
-):
+def test_a_run_killed_at_its_very_end_is_finished_by_the_next(here: Here, on_eight: Path, tmp_path: Path, missing: str):
     """The mark: longer runs find the export of the shorter run before them, which is not theirs."""
     run = copied(on_eight, tmp_path / "run")
     if missing == "the mark":
