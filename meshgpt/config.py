@@ -66,7 +66,7 @@ class Run:
     seed: int = 0
     """Of the parameters, the order of the text, dropout and the samples."""
     init: str = ""
-    """Start from these weights: a Hugging Face folder or hub id, Mesh-Transformer-JAX's step_N, or an imported folder."""
+    """Start from these weights: a Hugging Face folder or hub id, Mesh-Transformer-JAX's, or an imported folder."""
     optim: Optimizer = AdamW()
     objective: NextToken = NextToken()
     precision: Precision = Precision()
