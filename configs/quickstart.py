@@ -20,7 +20,7 @@ def config() -> Run:
             prepare=Prepare(sources=("stdlib",), out="", train_tokenizer="bpe", vocab_size=4096, val_fraction=0.02)
         ),
         steps=400,
-        global_batch=16,
+        global_batch=8,
         optim=AdamW(peak_lr=2e-3, warmup_steps=40, schedule=Cosine(final=0.05)),
         execution=Execution(unroll=0),
         eval_every=100,

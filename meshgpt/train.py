@@ -359,6 +359,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m meshg
         flags, rest = hosts.take_flags(arguments)
         run = recipe.parse(rest, program)
         runtime.start()
+        runtime.keep_freed_memory()
         with hosts.joined(hosts.placement(flags), _say):
             hosts.check_agreement(to_json(run), differences)
             train(run, f"{program} {shlex.join(rest)}")

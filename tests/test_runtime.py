@@ -31,3 +31,29 @@ def test_the_users_own_cache_is_kept_and_several_cpu_devices_take_turns(tmp_path
     assert settings(**cache, JAX_NUM_CPU_DEVICES="2") == [str(tmp_path), 7.0, False]
     flags = "--xla_force_host_platform_device_count=2"
     assert settings(**cache, XLA_FLAGS=flags)[2] is False
+
+
+FAULTS = """import resource, sys
+import numpy as np
+from meshgpt import runtime
+if sys.argv[1] == "keep":
+    runtime.keep_freed_memory()
+def allocate():
+    np.ones(1 << 24, np.float32)  # 64 MiB, touched and freed
+allocate()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    allocate()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(mode: str) -> int:
+    ended = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+    return int(ended.stdout)
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    given_back = page_faults("leave")
+    assert page_faults("keep") < 100
+    assert given_back > 100  # the check can fail: by default the same program faults

@@ -86,7 +86,7 @@ def list_inputs(source: str) -> list[Shard]:
     if not (name and split and field):
         raise UserError(f"source {source!r} is not spelt {_SPELLING}")
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] (extra hf)
     except ImportError as error:
         raise UserError(f"source {source!r} needs the package datasets: pip install 'meshgpt[hf]'") from error
     try:
