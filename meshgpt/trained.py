@@ -33,8 +33,9 @@ def open_trained(source: Path, precision: Precision, report: Callable[[str], Non
     """
     if (source / "run.json").is_file():
         return _from_run(RunFolder(source), precision, report, step)
+    kind = "an imported" if (source / RECORD).is_file() else "a Hugging Face"
     if step is not None and source.is_dir():
-        raise UserError(f"--step {step}: {source} is not a run's folder, so it has one step only")
+        raise UserError(f"--step {step}: {source} is {kind} folder, which has no steps to choose from")
     if (source / RECORD).is_file():
         imported = Imported.open(source)
         model = Model(config=imported.config, precision=precision)

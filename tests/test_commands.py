@@ -94,7 +94,7 @@ def test_generates_samples_are_those_of_the_seed(here: Here, finished: Path):
 def test_generates_mistakes_end_in_one_message(here: Here, finished: Path, tmp_path: Path):
     here.cli("generate", finished, "--prompt", "words " * 40).refused("tokens", "context is 32")
     here.cli("generate", tmp_path / "none").refused(str(tmp_path / "none"), "does not exist")
-    here.cli("generate", tmp_path).refused("neither a run.json nor a config.json")
+    here.cli("generate", tmp_path).refused("none of run.json, imported.json and config.json")
     here.cli("generate", finished, "--temperature", -1).refused("temperature", "-1")
     here.cli("generate", finished, "--step", 3).refused("--step 3", "[15, 20]")
     here.cli("generate", finished, "--promt", "a").refused("--promt", "--prompt")

@@ -89,7 +89,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, finished: Path):
     with jax.set_mesh(tiny.mesh()):
         with pytest.raises(UserError, match="does not exist"):
             opened(tmp_path / "nowhere")
-        with pytest.raises(UserError, match=r"neither a run\.json nor a config\.json"):
+        with pytest.raises(UserError, match=r"none of run\.json, imported\.json and config\.json"):
             opened(tmp_path)
         with pytest.raises(UserError, match="has no checkpoint yet"):
             opened(run)
