@@ -1,12 +1,14 @@
 """Eight virtual CPU devices, JAX at its strictest."""
 
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -17,6 +19,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Eight devices on two cores: a second program in flight can starve a collective of the first of its threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+# A test run started in the background inherits that Ctrl-C is ignored; the tests of Ctrl-C need Python's own handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_mesh_stays_set() -> Iterator[None]:
+    """A mesh that a test sets and leaves set must not reach the next one."""
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ())):
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -27,15 +26,6 @@ def test_the_users_mistake_gives_2_and_one_line(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "error: the value, and the remedy\n")
 
 
-@pytest.fixture
-def _ctrl_c() -> Iterator[None]:
-    """Python's own handler of SIGINT: a test run started in the background inherits that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_unwind_without_a_traceback(number: signal.Signals, capsys: pytest.CaptureFixture[str]):
     before = signal.getsignal(signal.SIGTERM)
