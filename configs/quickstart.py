@@ -19,11 +19,11 @@ def config() -> Run:
         data=Data(
             prepare=Prepare(sources=("stdlib",), out="", train_tokenizer="bpe", vocab_size=4096, val_fraction=0.02)
         ),
-        steps=400,
+        steps=1_000,
         global_batch=8,
-        optim=AdamW(peak_lr=2e-3, warmup_steps=40, schedule=Cosine(final=0.05)),
+        optim=AdamW(peak_lr=2e-3, warmup_steps=100, schedule=Cosine(final=0.05)),
         execution=Execution(unroll=0),
-        eval_every=100,
-        checkpointing=Checkpointing(every=100),
-        samples=Samples(prompts=("def ", "import ", "class ")),
+        eval_every=200,
+        checkpointing=Checkpointing(every=200),
+        samples=Samples(prompts=("import", "def", "class")),
     )
