@@ -87,6 +87,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(placed, AXES, axis_types=kinds)
 
 
+def batch_shards() -> int:
+    """How many slices a batch is cut into on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
     """Logical axis name to mesh axis (or axes, major first; None is not sharded)."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from meshgpt.axes import spec
+from meshgpt.axes import batch_shards, spec
 from meshgpt.decoder import Decoder, single_blocks
 from meshgpt.errors import UserError
 from meshgpt.feed import fetch
@@ -101,7 +101,7 @@ class Generator:
         longest = max(map(len, prompts))
         last = min(shape.n_positions, longest + sampling.max_new_tokens)
         slots = _slots(longest + 1, last, shape.n_positions)
-        shards = _batch_shards()
+        shards = batch_shards()
         rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, eot_id)
         knobs = Knobs.of(sampling)
         tokens_PT, lengths_P = _padded(prompts, _power(longest, shape.n_positions), shards)
@@ -148,11 +148,6 @@ def _power(length: int, most: int) -> int:
 def _slots(needed: int, last: int, n_positions: int) -> int:
     """The cache's length for `needed` slots now and `last` in the end."""
     return min(_power(last, n_positions), max(_FIRST_SLOTS, _power(needed, n_positions)))
-
-
-def _batch_shards() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _padded(prompts: list[list[int]], length: int, shards: int) -> tuple[np.ndarray, np.ndarray]:

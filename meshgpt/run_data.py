@@ -85,12 +85,6 @@ class RunData:
         """The record as a file, for those who come back a year later."""
         write_atomically(path, json.dumps(self.record(), indent=1) + "\n")
 
-    def epochs(self, steps: int) -> dict[str, float]:
-        """How often a run of `steps` goes through each source."""
-        used = self.batches.schedule.used(steps * self.batches.global_batch)
-        lengths = [len(records) for records in self.batches.sources]
-        return {name: n / length for name, n, length in zip(self.stores, used, lengths, strict=True)}
-
 
 def open_run_data(run: Run, folder: RunFolder) -> RunData:
     """Opens (or first prepares) what a run reads.

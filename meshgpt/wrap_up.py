@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from meshgpt import hf
-from meshgpt.axes import spec
+from meshgpt.axes import batch_shards, spec
 from meshgpt.config import Run
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
@@ -56,8 +56,7 @@ def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, token
 
 def probe(model: Model, tokens: np.ndarray) -> hf.Probe:
     """The first of `tokens` and the live forward pass, for the comparison that every export must pass."""
-    mesh = jax.sharding.get_mesh()
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = batch_shards()
     row_T = tokens[: min(PROBE_TOKENS, model.config.n_positions)].astype(np.int32)
 
     @functools.partial(jax.jit, compiler_options=hf.PROBE_COMPILER_OPTIONS)
