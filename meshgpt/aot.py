@@ -12,15 +12,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies as jax_topologies
 
 from meshgpt import hlo, runtime, scaling
-from meshgpt.axes import MeshShape, make_mesh, spec
+from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.config import Run
 from meshgpt.errors import UserError
-from meshgpt.models import Model, check_divisibility
-from meshgpt.step import TrainState, init_state, make_train_step, next_token_loss
+from meshgpt.models import check_divisibility
+from meshgpt.program import Program
+from meshgpt.step import TrainState
 from meshgpt.topologies import GENERATIONS, GPUS, Topology
 from meshgpt.trees import leaves_with_names
 
@@ -160,7 +160,8 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
     limit = min(topology.memory, hbm or topology.memory)
     mesh = make_mesh(shape, devices)
     with jax.set_mesh(mesh):
-        state, lowered = _lower(run, mesh)
+        program = Program(run=run, document_end=0 if run.data.mask_documents else None)
+        state, lowered = program.abstract(), program.lower()
     try:
         compiled = lowered.compile(compiler_options=_options(hbm))
     except jax.errors.JaxRuntimeError as error:
@@ -179,18 +180,6 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
     if not topology.is_tpu and not memory.fits:  # XLA for GPUs compiles what does not fit, too
         raise TooLargeError(_too_large(topology, memory.peak, limit))
     return proof
-
-
-def _lower(run: Run, mesh: jax.sharding.Mesh) -> tuple[TrainState, jax.stages.Lowered]:
-    model = Model(config=run.model, execution=run.execution, precision=run.precision)
-    # No dropout key: what draws the noise costs nothing that an estimate would show.
-    step = make_train_step(next_token_loss(model, run.objective), run.optim, run.steps, None)
-    state = jax.eval_shape(lambda: init_state(model, run.optim, jax.random.key(run.seed)))
-    sharding = jax.sharding.NamedSharding(mesh, spec("_ batch seq"))
-    rows, length = run.global_batch // run.accumulate, run.sequence_length
-    tokens = jax.ShapeDtypeStruct((run.accumulate, rows, length + 1), jnp.int32, sharding=sharding)
-    weights = jax.ShapeDtypeStruct((run.accumulate, rows, length), jnp.float32, sharding=sharding)
-    return state, jax.jit(step, donate_argnums=0).lower(state, tokens, weights)
 
 
 def _options(hbm: int | None) -> dict[str, str | bool] | None:

@@ -36,7 +36,7 @@ class Model:
 
     def abstract_params(self) -> Tree:
         """Shapes, dtypes and shardings of the parameters; allocates nothing."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def bind(self, params: Tree) -> Decoder:
         """The decoder that computes with `params`. Inside jit this costs nothing."""

@@ -50,7 +50,7 @@ def init_state(model: Model, optim: Optimizer, key: jax.Array) -> TrainState:
 
 def abstract_state(model: Model, optim: Optimizer) -> TrainState:
     """Shapes, dtypes, shardings and memories of `init_state`; allocates nothing."""
-    state = jax.eval_shape(lambda key: init_state(model, optim, key), jax.random.key(0))
+    state = jax.eval_shape(lambda: init_state(model, optim, jax.random.key(0)))
     return dataclasses.replace(state, opt_state=resting(optim, state.opt_state))
 
 

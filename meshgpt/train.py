@@ -4,7 +4,6 @@ The host stays one step behind the devices: a step is dispatched before the figu
 """
 
 import dataclasses
-import functools
 import math
 import re
 import shlex
@@ -27,20 +26,13 @@ from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
 from meshgpt.imported import adopt, initial_state, record_origin
 from meshgpt.isolation import prove_isolation
-from meshgpt.models import Model, check_divisibility
+from meshgpt.models import check_divisibility
+from meshgpt.program import EvalStep, Program, TrainStep
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
-from meshgpt.step import (
-    Metrics,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    next_token_loss,
-)
+from meshgpt.step import Metrics, TrainState
 from meshgpt.tracker import Console, JsonLines, Several
 from meshgpt.trees import Tree, leaves_with_names
 from meshgpt.wrap_up import check_samples, finish
@@ -79,7 +71,7 @@ def train(run: Run, command: str = "") -> None:
         if stopped:
             say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
             return
-        finish(run, folder, loop.model, state.params, tokenizer, data.first_store, say)
+        finish(run, folder, loop.program.model, state.params, tokenizer, data.first_store, say)
         if jax.process_index() == 0:
             folder.mark_finished(step)
 
@@ -99,55 +91,48 @@ class Loop:
 
     run: Run
     mesh: jax.sharding.Mesh
-    model: Model
+    program: Program
     metadata: dict[str, Any]  # kept beside each checkpoint
     data: RunData
-    train_step: Callable[..., tuple[TrainState, Metrics]]
-    eval_step: Callable[..., tuple[jax.Array, jax.Array]]
+    train_step: TrainStep
+    eval_step: EvalStep
+    frozen: Tree = dataclasses.field(default_factory=dict)  # what the programs read and never change
 
     @staticmethod
     def build(run: Run, mesh: jax.sharding.Mesh, data: RunData) -> "Loop":
-        model = Model(config=run.model, execution=run.execution, precision=run.precision)
-        loss = next_token_loss(model, run.objective, data.document_end(run))
-        exact = next_token_loss(model, dataclasses.replace(run.objective, z_loss=0.0), data.document_end(run))
-        dropout = jax.random.fold_in(jax.random.key(run.seed), 1) if _drops(run) else None
-        rounding = jax.random.fold_in(jax.random.key(run.seed), 2) if run.precision.rounding == "stochastic" else None
-        step = make_train_step(loss, run.optim, run.steps, dropout, run.precision, rounding)
+        program = Program(run=run, document_end=data.document_end(run))
         return Loop(
             run=run,
             mesh=mesh,
-            model=model,
+            program=program,
             metadata={"run": to_json(run), "data": data.record()},
             data=data,
-            train_step=jax.jit(step, donate_argnums=0),
-            eval_step=jax.jit(make_eval_step(exact)),
+            train_step=jax.jit(program.train_step(), donate_argnums=0),
+            eval_step=jax.jit(program.eval_step()),
         )
-
-    def fresh(self) -> TrainState:
-        key = jax.random.fold_in(jax.random.key(self.run.seed), 0)
-        return jax.jit(functools.partial(init_state, self.model, self.run.optim))(key)
-
-    def abstract(self) -> TrainState:
-        return abstract_state(self.model, self.run.optim)
 
 
 def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None]) -> TrainState:
     """The newest intact checkpoint's state, or a fresh one."""
-    shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
+    shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
     counted = scaling.count_parameters(shapes, loop.run.model.vocab_size)
     shape, kind = loop.run.mesh.resolve(loop.mesh.size), jax.devices()[0].device_kind
-    computing = loop.model.precision.compute_dtype
+    computing = loop.program.model.precision.compute_dtype
     say(f"{counted.total:,} parameters, computing in {computing}; {loop.mesh.size} x {kind} as {shape}")
     step = checkpoints.latest()
     if step is None:
         if loop.run.resume == "must":
             raise UserError("--resume must: no checkpoint was saved yet")
-        return initial_state(loop.run, loop.model, loop.data.tokenizer(), say) if loop.run.init else loop.fresh()
+        return (
+            initial_state(loop.run, loop.program.model, loop.data.tokenizer(), say)
+            if loop.run.init
+            else loop.program.fresh()
+        )
     if step > loop.run.steps:
         raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
     loop.data.check_unchanged(checkpoints.metadata(step).get("data", []), f"step {step:,}")
     say(f"resuming from step {step:,}")
-    return TrainState(**checkpoints.restore(step, loop.abstract().items()))
+    return TrainState(**checkpoints.restore(step, loop.program.abstract().items()))
 
 
 def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer) -> tuple[TrainState, bool]:
@@ -162,7 +147,7 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
     with stop_requests() as stop, figures.open():
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
-            state, metrics = loop.train_step(state, feed.place(tokens), weights)
+            state, metrics = loop.train_step(state, loop.frozen, feed.place(tokens), weights)
             figures.add(step, metrics)
             last = step == run.steps
             if loop.data.validation is not None and (last or step % run.eval_every == 0):
@@ -183,7 +168,7 @@ def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
     tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])[0, :, :-1]
     end = loop.data.document_end(loop.run)
     assert end is not None
-    proved = prove_isolation(loop.model, state.params, tokens, end)
+    proved = prove_isolation(loop.program.model, state.params, tokens, end)
     if jax.process_index() == 0:
         said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
         proven = "no token of the first batch sees another document, by gradient"
@@ -201,7 +186,7 @@ def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
     sums = []
     for batch in range(count):
         tokens, weights = (feed.place(part)[0] for part in validation.rows(batch, feed.rows))
-        sums.append(loop.eval_step(params, tokens, weights))
+        sums.append(loop.eval_step(params, loop.frozen, tokens, weights))
     nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
     loss = nats / tokens
     figures = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * validation.num_tokens / validation.num_bytes}
@@ -216,7 +201,7 @@ class Figures:
     def __init__(self, loop: Loop, folder: RunFolder, first: int) -> None:
         self._run, self._folder, self._first = loop.run, folder, first
         self._pending: tuple[int, Metrics] | None = None
-        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.abstract().params)}
+        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
         self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
         self._facts = {
@@ -318,11 +303,6 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _drops(run: Run) -> bool:
-    rates = [getattr(run.model, field.name) for field in dataclasses.fields(run.model) if "dropout" in field.name]
-    return any(rates)
 
 
 def _is_finished(run: Run, folder: RunFolder, step: int) -> bool:
