@@ -104,8 +104,7 @@ def _sharded(
 
 def _local(vocab_size, objective, differentiate, x_bTD, weight_shard, bias_v, targets_bT, weights_bT):
     """What one device does: chunks of its tokens against its slice of the vocabulary."""
-    w_vD = jax.lax.all_gather(weight_shard.astype(x_bTD.dtype), "fsdp", tiled=True)
-    ids_v = jax.lax.axis_index("tensor") * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
+    w_vD, ids_v = _vocabulary(weight_shard, x_bTD.dtype)
     chunk = functools.partial(_chunk, vocab_size, objective.z_loss, differentiate, w_vD, bias_v, ids_v)
     xs = tuple(_split(a, objective.chunk_tokens) for a in (x_bTD, targets_bT, weights_bT))
     zeros = _Totals(
@@ -127,6 +126,61 @@ def _local(vocab_size, objective, differentiate, x_bTD, weight_shard, bias_v, ta
     return loss, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
 
 
+def token_log_likelihoods(
+    x_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int = NextToken.chunk_tokens
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), whether the target is the likeliest token, of equals the first) of each token.
+
+    float32 and bool (B, T), of hidden states (B, T, D) and targets (B, T). A device holds the logits of `chunk_tokens`
+    tokens at a time.
+    """
+    rows = spec("batch seq")
+    return jax.shard_map(
+        functools.partial(_local_scores, head.vocab_size, chunk_tokens),
+        in_specs=(
+            spec("batch seq embed"),
+            spec("vocab_fsdp embed"),
+            None if head.bias_V is None else spec("vocab"),
+            rows,
+        ),
+        out_specs=(rows, rows),
+        check_vma=False,
+    )(x_BTD, head.weight_VD, head.bias_V, targets_BT)
+
+
+def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, targets_bT):
+    """`token_log_likelihoods` of one device's tokens."""
+    w_vD, ids_v = _vocabulary(weight_shard, x_bTD.dtype)
+
+    def chunk(_, xs):
+        x_bcD, targets_bc = xs
+        logits = _logits(vocab_size, w_vD, bias_v, ids_v, x_bcD)
+        top = jax.lax.pmax(logits.max(-1), "tensor")
+        normaliser = jax.lax.psum(jnp.exp(logits - top[..., None]).sum(-1), "tensor")
+        gold = jax.lax.psum(jnp.where(ids_v[None, None] == targets_bc[..., None], logits, 0.0).sum(-1), "tensor")
+        ids_bcv = jnp.where(logits == top[..., None], ids_v[None, None], jnp.iinfo(jnp.int32).max)
+        first = jax.lax.pmin(ids_bcv.min(-1), "tensor")
+        return None, (gold - top - jnp.log(normaliser), first == targets_bc)
+
+    _, scores = jax.lax.scan(chunk, None, tuple(_split(a, chunk_tokens) for a in (x_bTD, targets_bT)))
+    length = targets_bT.shape[1]
+    return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :length] for a in scores)
+
+
+def _vocabulary(weight_shard: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(w_vD in the compute dtype, ids_v): a device's slice of the vocabulary, gathered over `fsdp`."""
+    w_vD = jax.lax.all_gather(weight_shard.astype(dtype), "fsdp", tiled=True)
+    return w_vD, jax.lax.axis_index("tensor") * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
+
+
+def _logits(vocab_size, w_vD, bias_v, ids_v, x_bcD):
+    """float32 logits of a chunk against a slice of the vocabulary; those of its padding are -inf."""
+    logits = jnp.einsum("bcD,vD->bcv", x_bcD, w_vD, preferred_element_type=jnp.float32)
+    if bias_v is not None:
+        logits = logits + bias_v.astype(jnp.float32)[None, None]
+    return jnp.where((ids_v < vocab_size)[None, None], logits, -jnp.inf)
+
+
 def _split(a_bT: jax.Array, chunk_tokens: int) -> jax.Array:
     """(b, T, ...) to (chunks, b, c, ...), T padded with zeros (which weigh nothing) where c does not divide it."""
     b, length = a_bT.shape[:2]
@@ -139,10 +193,7 @@ def _split(a_bT: jax.Array, chunk_tokens: int) -> jax.Array:
 def _chunk(vocab_size, z_loss, differentiate, w_vD, bias_v, ids_v, totals, xs):
     """Adds one chunk's loss (and gradients) to the totals; gives the gradient of its hidden states."""
     x_bcD, targets_bc, weights_bc = xs
-    logits = jnp.einsum("bcD,vD->bcv", x_bcD, w_vD, preferred_element_type=jnp.float32)
-    if bias_v is not None:
-        logits = logits + bias_v.astype(jnp.float32)[None, None]
-    logits = jnp.where((ids_v < vocab_size)[None, None], logits, -jnp.inf)
+    logits = _logits(vocab_size, w_vD, bias_v, ids_v, x_bcD)
     top = jax.lax.pmax(logits.max(-1), "tensor")
     exp = jnp.exp(logits - top[..., None])
     normaliser = jax.lax.psum(exp.sum(-1), "tensor")

@@ -13,7 +13,7 @@ import tiny
 from meshgpt.axes import spec
 from meshgpt.decoder import Head
 from meshgpt.errors import UserError
-from meshgpt.loss import NextToken, cross_entropy
+from meshgpt.loss import NextToken, cross_entropy, token_log_likelihoods
 
 B, T, D, VOCAB, PADDED = 4, 10, 8, 89, 96
 
@@ -171,3 +171,29 @@ def test_a_chunk_of_no_tokens_is_refused(chunk_tokens: int) -> None:
 def test_a_negative_z_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"z_loss=-0\.1"):
         NextToken(z_loss=-0.1)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("chunk_tokens", [7, 8192])
+def test_log_likelihood_of_each_token_by_formula(mesh: tuple[int, int, int], chunk_tokens: int) -> None:
+    c = case(scale=1.5)
+    logits = c.x.astype(np.float64) @ c.w[:VOCAB].T.astype(np.float64) + c.bias[:VOCAB]
+    c.targets[:, ::2] = logits.argmax(-1)[:, ::2]
+    expected = np.take_along_axis(logits, c.targets[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
+    with jax.set_mesh(tiny.mesh(*mesh)):
+        x, w, bias, targets, _ = placed(c)
+        got, greedy = jax.jit(lambda x, w, b, t: token_log_likelihoods(x, Head(w, b, VOCAB), t, chunk_tokens))(
+            x, w, bias, targets
+        )
+    tiny.assert_close(got, expected, 1e-5)
+    np.testing.assert_array_equal(np.asarray(greedy), logits.argmax(-1) == c.targets)
+
+
+def test_of_equally_likely_tokens_the_first_is_the_likeliest() -> None:
+    c = case(biased=False)
+    c.w[:] = c.w[:1]
+    with jax.set_mesh(tiny.mesh(1, 1, 4)):
+        x, w, *_ = placed(c)
+        targets = jax.device_put(np.tile([0, 1], (B, T // 2)).astype(np.int32), spec("batch seq"))
+        greedy = token_log_likelihoods(x, Head(w, None, VOCAB), targets)[1]
+    np.testing.assert_array_equal(np.asarray(greedy), np.tile([True, False], (B, T // 2)))
