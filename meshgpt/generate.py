@@ -6,6 +6,7 @@ V padded vocabulary, C tokens of one decode call.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,16 @@ class Generator:
         self._model = model
         self._ready = _prepare(model, params)
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, *, eot_id: int | None) -> list[list[list[int]]]:
-        """See the function `generate`."""
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        *,
+        eot_id: int | None,
+        enough: Callable[[list[int]], bool] | None = None,
+    ) -> list[list[list[int]]]:
+        """See the function `generate`. `enough` tells of a sample's tokens so far whether they are all that is wanted;
+        it is asked every `CHUNK` tokens, so that what comes back may be longer."""
         shape = self._model.config
         prompts = _checked(prompts, shape.vocab_size, shape.n_positions, eot_id)
         longest = max(map(len, prompts))
@@ -115,6 +124,8 @@ class Generator:
             steps = min(CHUNK, slots - used)
             out_RC, state = _decode(self._ready, rows, knobs, state, np.int32(steps))
             found.append(fetch(out_RC)[:, :steps])
+            if enough is not None:
+                state = _end(state, _ended(np.concatenate(found, 1), state, enough))
         return _collected(np.concatenate(found, 1), fetch(state.drawn_R), len(prompts), sampling.samples, eot_id)
 
 
@@ -184,6 +195,19 @@ def _collected(
         return tokens[:-1] if tokens[-1] == eot_id else tokens
 
     return [[one(prompt * samples + sample) for sample in range(samples)] for prompt in range(prompts)]
+
+
+def _ended(tokens_RC: np.ndarray, state: _State, enough: Callable[[list[int]], bool]) -> np.ndarray:
+    """Which rows are done, or have enough."""
+    done_R, drawn_R = fetch(state.done_R), fetch(state.drawn_R)
+    return np.array(
+        [done or enough(row[:drawn].tolist()) for row, drawn, done in zip(tokens_RC, drawn_R, done_R, strict=True)]
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _end(state: _State, done_R: jax.Array) -> _State:
+    return dataclasses.replace(state, done_R=jax.sharding.reshard(done_R, spec("batch")))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -135,7 +135,7 @@ def token_log_likelihoods(
     tokens at a time.
     """
     rows = spec("batch seq")
-    return jax.shard_map(
+    score = jax.shard_map(
         functools.partial(_local_scores, head.vocab_size, chunk_tokens),
         in_specs=(
             spec("batch seq embed"),
@@ -145,7 +145,9 @@ def token_log_likelihoods(
         ),
         out_specs=(rows, rows),
         check_vma=False,
-    )(x_BTD, head.weight_VD, head.bias_V, targets_BT)
+    )
+    log_likelihood_BT, greedy_BT = score(x_BTD, head.weight_VD, head.bias_V, targets_BT)
+    return log_likelihood_BT, greedy_BT
 
 
 def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, targets_bT):

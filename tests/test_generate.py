@@ -117,6 +117,17 @@ def test_stops_at_the_end_of_text_which_is_cut_off() -> None:
         assert at_once == [[], []]
 
 
+def test_a_row_that_has_enough_ends_early_and_no_other_does() -> None:
+    long = dataclasses.replace(GREEDY, max_new_tokens=70, samples=1)
+    with jax.set_mesh(tiny.mesh(2, 1, 2)):
+        made = generator(FAMILIES[0])
+        whole = [samples[0] for samples in made.generate(PROMPTS[:3], long, eot_id=None)]
+        assert len(set(map(tuple, whole))) == 3
+        cut = made.generate(PROMPTS[:3], long, eot_id=None, enough=lambda tokens: tokens[:20] == whole[0][:20])
+    assert [len(row[0]) for row in cut] == [1 + module.CHUNK, 63, 70]
+    assert all(row[0] == full[: len(row[0])] for row, full in zip(cut, whole, strict=True))
+
+
 def test_few_programs_are_compiled_and_the_cache_is_not_copied() -> None:
     config = FAMILIES[0]
     with jax.set_mesh(tiny.mesh()):
