@@ -22,12 +22,13 @@ _SPLASH_BLOCK = 512  # 2048 overflows a v5e's vector memory at head size 256
 
 
 def pick_kernel(
-    kernel: Kernel, dtype: jnp.dtype, head_size: int, length: int = 128
+    kernel: Kernel, dtype: jnp.dtype, head_size: int, length: int = 128, documents: bool = False
 ) -> Literal["xla", "cudnn", "splash"]:
     """What runs: "auto" takes the mesh's own fused kernel where it can run, else "xla".
 
     cuDNN: an NVIDIA GPU, 16 bits, head size a multiple of 8 up to 128 (256 on Hopper). Splash: TPU v4 or later, head
-    size a multiple of 64, `length` tokens a multiple of 128.
+    size a multiple of 64, `length` tokens a multiple of 128. `documents`: attention must stop at their ends, which
+    cuDNN's, as JAX offers it, cannot.
 
     Raises:
       UserError: when a kernel is asked for by name and cannot run, with the reason.
@@ -36,7 +37,7 @@ def pick_kernel(
         return "xla"
     platform, kind = _device()
     refusals = {
-        "cudnn": _cudnn_refusal(platform, kind, dtype, head_size),
+        "cudnn": _cudnn_refusal(platform, kind, dtype, head_size, documents),
         "splash": _splash_refusal(platform, kind, head_size, length),
     }
     if kernel != "auto":
@@ -57,7 +58,9 @@ def _device() -> tuple[str, str]:
     return {"cuda": "gpu"}.get(platform, platform), device.device_kind
 
 
-def _cudnn_refusal(platform: str, kind: str, dtype: jnp.dtype, head_size: int) -> str | None:
+def _cudnn_refusal(platform: str, kind: str, dtype: jnp.dtype, head_size: int, documents: bool) -> str | None:
+    if documents:
+        return "it would look across the documents of a row, which data.mask_documents forbids"
     if platform != "gpu":
         return f"the backend is {platform}, not gpu"
     if dtype.itemsize != 2:
@@ -78,19 +81,33 @@ def _splash_refusal(platform: str, kind: str, head_size: int, length: int) -> st
     return None
 
 
-def attend_fused(kernel: Literal["cudnn", "splash"], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(H), causal) v for q, k and v (B, T, N, H), each device with its own rows and heads."""
+def attend_fused(
+    kernel: Literal["cudnn", "splash"], q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H), causal) v for q, k and v (B, T, N, H), each device with its own rows and heads.
+
+    segments_BT: the document of each token, where attention must stay within documents (splash alone can).
+    """
     heads = spec("batch seq heads _")
-    local = _cudnn if kernel == "cudnn" else _splash
-    return jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q, k, v)
+    if segments_BT is None:
+        local = _cudnn if kernel == "cudnn" else splash
+        return jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)(q, k, v)
+    assert kernel == "splash"
+    specs = (heads, heads, heads, spec("batch seq"))
+    return jax.shard_map(splash, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments_BT)
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
 
 
-def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
+def splash(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Splash attention on one device; `interpret` runs it anywhere, slowly."""
     # A second to import, and on TPU only.
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -103,7 +120,10 @@ def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Arra
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     scale = jnp.asarray(head_size**-0.5, q_BTNH.dtype)
     q_BNTH, k_BNTH, v_BNTH = (x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BTNH, v_BTNH))
+    segments = None if segments_BT is None else SegmentIds(q=segments_BT, kv=segments_BT)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        kernel = kernels.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
-        a_BNTH = jnp.asarray(jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH))
+        kernel = kernels.make_splash_mha(
+            mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+        )
+        a_BNTH = jnp.asarray(jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, segments))
     return a_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)

@@ -242,10 +242,10 @@ class Context:
 
 def check_documents(kernel: Kernel) -> None:
     """Raises UserError for a kernel that cannot stop at the ends of documents."""
-    if kernel not in ("auto", "xla"):
+    if kernel == "cudnn":
         raise UserError(
-            f"execution.attention={kernel!r} would look across the documents of a row, which data.mask_documents "
-            "forbids: use 'auto' or 'xla'"
+            "execution.attention='cudnn' would look across the documents of a row, which data.mask_documents "
+            "forbids: use 'auto', 'splash' (TPU v4 and later) or 'xla'"
         )
 
 
@@ -301,11 +301,11 @@ class Attention(nnx.Module):
         if cache is None:
             if segments_BT is not None:
                 check_documents(self.kernel)
-            # The fused kernels drop no probabilities and know no documents: both need the scores written out.
-            written_out = dropping or segments_BT is not None
-            kernel = "xla" if written_out else pick_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+            # The fused kernels drop no probabilities: that needs the scores written out.
+            shape = q.shape[-1], q.shape[1]
+            kernel = "xla" if dropping else pick_kernel(self.kernel, q.dtype, *shape, segments_BT is not None)
             if kernel != "xla":
-                return attend_fused(kernel, q, k, v), None
+                return attend_fused(kernel, q, k, v, segments_BT), None
             slots_S = jnp.arange(k.shape[1])
             mask_BTS = slots_S[None, None, :] <= slots_S[None, :, None]
             if segments_BT is not None:

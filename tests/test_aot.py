@@ -260,6 +260,10 @@ def test_the_verb_prints_figures_and_names_mistakes(capsys: pytest.CaptureFixtur
     said = json.loads(capsys.readouterr().out)
     assert (said["devices"], said["attention"], said["mesh"]["data"]) == (4, "splash", 4)
     assert said["memory"]["peak"] > said["memory"]["parameters"]
+    assert cli.main([*flags, "--json", "--data.mask-documents"]) == 0  # by segment ids, not by a T x T mask
+    masked = json.loads(capsys.readouterr().out)
+    assert masked["attention"] == "splash"
+    assert masked["memory"]["peak"] < 1.1 * said["memory"]["peak"]
     for arguments, words in (
         (flags[:2], "--topology is missing"),
         ([*flags, "--effort", "high"], "invalid choice: 'high'"),

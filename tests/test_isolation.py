@@ -81,7 +81,7 @@ def test_the_proof_finds_a_kernel_that_ignores_documents(on_mesh, monkeypatch: p
 
 
 def test_a_kernel_that_cannot_is_refused(on_mesh):
-    with pytest.raises(UserError, match=r"execution.attention='cudnn' would look across .* use 'auto' or 'xla'"):
+    with pytest.raises(UserError, match=r"execution.attention='cudnn' would look across .* use 'auto', 'splash'"):
         Run(model=GPT2, data=Data(store="a", mask_documents=True), steps=1, global_batch=1,
             execution=Execution(attention="cudnn"))  # fmt: skip
     model = Model(config=GPT2, execution=Execution(attention="cudnn"))

@@ -1,6 +1,7 @@
 """The parts of a block against PyTorch and transformers, and the ways to run a stack of them against each other."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from transformers.models.gptj import modeling_gptj
 
-from meshgpt import layers
+from meshgpt import kernels, layers
 from meshgpt.axes import spec
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution
@@ -245,3 +246,23 @@ def test_layers_drop_different_things() -> None:
 
     layers.run_stack(block, jnp.zeros((3, 1)), x, jax.random.key(0), 3, Execution(unroll=0))
     assert all((a != b).any() for a, b in itertools.pairwise(seen))
+
+
+def test_splash_stops_at_the_ends_of_documents():
+    """The TPU's kernel, interpreted on the CPU, against the scores written out: values and gradients."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, d = (jax.random.normal(key, (2, 256, 2, 64)) for key in keys)
+    segments_BT = jnp.stack([jnp.arange(256) // 100, jnp.arange(256) // 31]).astype(jnp.int32)
+    slots_S = jnp.arange(256)
+    causal = slots_S[None, None] <= slots_S[None, :, None]
+    mask_BTS = causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+    def fused(q, k, v):
+        return jnp.sum(d * kernels.splash(q, k, v, segments_BT, interpret=True))
+
+    def written_out(q, k, v):
+        return jnp.sum(d * layers.attend(q, k, v, mask_BTS))
+
+    ours = jax.value_and_grad(fused, argnums=(0, 1, 2))(q, k, v)
+    oracle = jax.value_and_grad(written_out, argnums=(0, 1, 2))(q, k, v)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), ours, oracle)
