@@ -13,6 +13,12 @@ def _train(arguments: Sequence[str]) -> None:
     raise SystemExit(train.main(arguments, "meshgpt train"))
 
 
+def _launch(arguments: Sequence[str]) -> None:
+    from meshgpt.launch import launch
+
+    raise SystemExit(launch(arguments))
+
+
 def _prepare(arguments: Sequence[str]) -> None:
     from meshgpt.commands import prepare
 
@@ -35,6 +41,12 @@ def _report(arguments: Sequence[str]) -> None:
     from meshgpt.report.command import report
 
     report(arguments)
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    from meshgpt.evals.command import main
+
+    raise SystemExit(main(arguments))
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -71,12 +83,14 @@ def _doctor(arguments: Sequence[str]) -> None:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "RECIPE: train a model, or go on with a run"),
+    "launch": (_launch, "--processes N RECIPE: the same with N processes, watched and restarted"),
     "data": (_data, "order|show|find|inspect|pack: what a run saw, and what a store holds"),
     "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
     "import": (_import, "SOURCE --out DIR: weights of Hugging Face's or Mesh-Transformer-JAX's"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
+    "eval": (_eval, "RUN|FOLDER --tasks NAMES: tasks of the lm-evaluation-harness, perplexity, multiple choice"),
     "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),
     "compile": (_compile, "RECIPE --topology v3-256: will it fit and how fast, for a pod nobody has rented yet"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),

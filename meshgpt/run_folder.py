@@ -19,7 +19,8 @@ from meshgpt.config import Run, differences, from_json, may_differ, to_json
 from meshgpt.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
-_KEPT_ASIDE = ("data", "run.lock")  # what `--resume never` leaves in place: the prepared text is the same
+# What `--resume never` leaves in place: the prepared text is the same, and the supervisor's files are in use.
+_KEPT_ASIDE = ("data", "run.lock", "logs", "restarts.jsonl")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

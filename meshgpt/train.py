@@ -28,6 +28,7 @@ from meshgpt.imported import adopt, initial_state, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
 from meshgpt.program import EvalStep, Program, TrainStep
+from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
@@ -47,7 +48,7 @@ def train(run: Run, command: str = "") -> None:
     run = adopt(run, folder)
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
-    say = _say if jax.process_index() == 0 else _silent
+    say, pulse = _say if jax.process_index() == 0 else _silent, Pulse()
     with claimed(folder, run, command, say), jax.set_mesh(mesh):
         data = hosts.first_then_others(
             lambda: open_run_data(run, folder), lambda: open_run_data(without_preparing(run, folder), folder)
@@ -65,15 +66,18 @@ def train(run: Run, command: str = "") -> None:
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return
-            state, stopped = run_steps(loop, folder, state, checkpoints)
+            state, stopped = run_steps(loop, folder, state, checkpoints, pulse)
             step = int(state.step)
-            checkpoints.save(step, state.items(), loop.metadata)
+            with pulse.busy(SAVING):
+                checkpoints.save(step, state.items(), loop.metadata)
+                checkpoints.wait()
         if stopped:
             say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
             return
-        finish(run, folder, loop.program.model, state.params, tokenizer, data.first_store, say)
-        if jax.process_index() == 0:
-            folder.mark_finished(step)
+        with pulse.busy(FINISHING):
+            finish(run, folder, loop.program.model, state.params, tokenizer, data.first_store, say)
+            if jax.process_index() == 0:
+                folder.mark_finished(step)
 
 
 @contextmanager
@@ -135,14 +139,16 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
     return TrainState(**checkpoints.restore(step, loop.program.abstract().items()))
 
 
-def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer) -> tuple[TrainState, bool]:
+def run_steps(
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, pulse: Pulse
+) -> tuple[TrainState, bool]:
     """Trains to the last step; True where a signal stopped it before."""
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
     if run.data.mask_documents and first < run.steps:
         _prove_isolation(loop, feed, state)
-    figures = Figures(loop, folder, first)
+    figures = Figures(loop, folder, first, pulse)
     batches = loop.data.batches.iterate(first, run.steps, feed.rows)
     with stop_requests() as stop, figures.open():
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
@@ -154,7 +160,8 @@ def run_steps(loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Che
                 with figures.evaluating(step) as log:
                     log(evaluate(loop, state.params))
             if step % run.checkpointing.every == 0 and not last:
-                checkpoints.save(step, state.items(), loop.metadata)
+                with pulse.busy(SAVING):
+                    checkpoints.save(step, state.items(), loop.metadata)
             if stop(step) or figures.diverged:
                 break
         figures.flush()
@@ -198,8 +205,8 @@ def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
 class Figures:
     """Fetches a step's metrics when the next step is under way, and passes them to the trackers."""
 
-    def __init__(self, loop: Loop, folder: RunFolder, first: int) -> None:
-        self._run, self._folder, self._first = loop.run, folder, first
+    def __init__(self, loop: Loop, folder: RunFolder, first: int, pulse: Pulse) -> None:
+        self._run, self._folder, self._first, self._pulse = loop.run, folder, first, pulse
         self._pending: tuple[int, Metrics] | None = None
         shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
         self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
@@ -222,6 +229,7 @@ class Figures:
             lines = JsonLines(self._folder.metrics, self._first)
             session = Session(self._folder.sessions, self._first, self._facts)
             self._tracker = Several([Console(self._run.steps, self._first), lines, session, *sinks])
+        self._pulse.begin(self._first)
         try:
             yield
         finally:
@@ -236,7 +244,8 @@ class Figures:
         """Yields what takes the figures of an evaluation, whose time does not count as training."""
         self.flush()
         begun = time.monotonic()
-        yield lambda figures: self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+        with self._pulse.busy(EVALUATING):
+            yield lambda figures: self._tracker.log(step, {"tokens": self._tokens(step), **figures})
         self._since = self._since[0], self._since[1] + time.monotonic() - begun
 
     def flush(self) -> None:
@@ -245,11 +254,14 @@ class Figures:
         step, metrics = self._pending
         self._pending = None
         values: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._pulse.beat(step)
         self.diverged = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
         values["skipped_steps"] = int(values["skipped_steps"])
         run = self._run
         if step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps):
-            self._tracker.log(step, values | {"tokens": self._tokens(step), **self._speed(step)})
+            self._tracker.log(
+                step, values | {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
+            )
 
     def _speed(self, step: int) -> dict[str, float]:
         """Since the last logged step; the first of a run counts its compilation."""

@@ -337,39 +337,22 @@ def test_the_jobset_gives_every_process_its_number_and_one_coordinator():
     assert (ROOT / container["args"][0]).is_file()
 
 
-def local(tmp_path: Path, life: str, processes: str = "3") -> subprocess.Popen[str]:
-    Cloud.write(tmp_path / "python", f'#!/usr/bin/env bash\necho "$MESHGPT_PROCESS_ID/$MESHGPT_PROCESSES $*"\n{life}\n')
-    environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), "LOGS": str(tmp_path / "logs")}
-    return subprocess.Popen(
-        ["bash", str(ROOT / "launch/local.sh"), processes, "r.py", "--steps", "5"], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def local(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    Cloud.write(tmp_path / "python", '#!/usr/bin/env bash\necho "$JAX_PLATFORMS $*"\nexit 3\n')
+    ended = subprocess.run(
+        ["bash", str(ROOT / "launch/local.sh"), *arguments], text=True, capture_output=True, check=False, timeout=30,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python")} | environment,
     )  # fmt: skip
+    return ended.returncode, ended.stdout
 
 
-def test_local_starts_n_processes_and_shows_the_first(tmp_path: Path):
-    process = local(tmp_path, "sleep 0.1; exit 0")
-    out, _ = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "0/3 -m meshgpt.train r.py --steps 5\n")
-    logs = [(tmp_path / "logs" / f"process-{number}.log").read_text() for number in (1, 2)]
-    assert logs == [f"{number}/3 -m meshgpt.train r.py --steps 5\n" for number in (1, 2)]
-
-
-@pytest.mark.parametrize(("death", "code"), [("exit 2", 2), ("kill -KILL $$", 137), ("kill -SEGV $$", 139)])
-def test_a_local_process_that_dies_takes_the_others_with_it(tmp_path: Path, death: str, code: int):
-    process = local(tmp_path, f"[[ $MESHGPT_PROCESS_ID == 2 ]] && {{ sleep 0.2; {death}; }}; exec sleep 60")
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert f"a process ended with code {code}; the others are stopped" in err
-
-
-def test_a_sigterm_to_local_reaches_all_processes(tmp_path: Path):
-    mark = "touch $LOGS/{}-$MESHGPT_PROCESS_ID"
-    life = f"trap '{mark.format('saved')}; exit 0' TERM; {mark.format('up')}; while :; do sleep 0.05; done"
-    process = local(tmp_path, life)
-    until = time.monotonic() + 30
-    while len(list((tmp_path / "logs").glob("up-*"))) < 3 and time.monotonic() < until:
-        time.sleep(0.05)
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert len(list((tmp_path / "logs").glob("saved-*"))) == 3
+def test_local_is_the_supervisor(tmp_path: Path):
+    assert local(tmp_path, "3", "r.py", "--steps", "5") == (
+        3, "cpu -m meshgpt.cli launch --processes 3 --devices 1 --port 0 r.py --steps 5\n"
+    )  # fmt: skip
+    assert local(tmp_path, "2", "r.py", DEVICES="4", PORT="9000", LAUNCH="--elastic --max-restarts 20") == (
+        3, "cpu -m meshgpt.cli launch --processes 2 --devices 4 --port 9000 --elastic --max-restarts 20 r.py\n"
+    )  # fmt: skip
+    for arguments in ((), ("3",), ("none", "r.py")):
+        code, out = local(tmp_path, *arguments)
+        assert (code, "launch/local.sh 4 configs/quickstart.py" in out) == (2, True)

@@ -1,0 +1,196 @@
+"""A process's signs of life for the supervisor that started it (`supervisor`), and the time that made progress.
+
+The supervisor tells a process by MESHGPT_LAUNCH (JSON) where to write them and what was before. Without it nothing is
+written, and every method costs nothing.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+VARIABLE = "MESHGPT_LAUNCH"
+STARTING, STEPPING, SAVING, EVALUATING, FINISHING = "starting", "stepping", "saving", "evaluating", "finishing"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Life:
+    """What the processes did between a start and their end.
+
+    first: the step that they began from, None if they never got so far. last: the newest step done.
+    step_seconds: of a step, in the mean, without compilation, saves and evaluations; 0 while none was timed.
+    """
+
+    first: int | None = None
+    last: int = 0
+    step_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sign(Life):
+    """A sign of life: the life so far, and what the process is at. `count` grows with each."""
+
+    doing: str = STARTING
+    count: int = 0
+
+    def life(self) -> Life:
+        return Life(first=self.first, last=self.last, step_seconds=self.step_seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silence:
+    """For how long a process may show no sign of life before it counts as hung, in seconds.
+
+    Between two steps: `steps` times the usual step, and at least `seconds`. start: before the second step.
+    busy: in a save, an evaluation, or at the end of the run; others may have to wait for one that is so.
+    """
+
+    steps: float = 20.0
+    seconds: float = 30.0
+    start: float = 3600.0
+    busy: float = 1800.0
+
+
+class Listener:
+    """Tells which process hangs, from the signs of all of them."""
+
+    def __init__(self, silence: Silence, clock: Callable[[], float] = time.monotonic) -> None:
+        self._silence, self._clock = silence, clock
+        self._heard: dict[int, tuple[int, float]] = {}  # of each process, the number of its newest sign, and when
+
+    def hung(self, signs: Sequence[Sign | None], running: Sequence[subprocess.Popen[bytes]]) -> str:
+        """The process that hangs and for how long, in words; "" where none does."""
+        now, usual = self._clock(), max((sign.step_seconds for sign in signs if sign is not None), default=0.0)
+        between = max(self._silence.steps * usual, self._silence.seconds)
+        for number, sign in enumerate(signs):
+            count = 0 if sign is None else sign.count
+            if self._heard.get(number, (-1, 0.0))[0] != count:
+                self._heard[number] = count, now
+        alive = [number for number, process in enumerate(running) if process.poll() is None]
+        doing = {number: STARTING if (sign := signs[number]) is None else sign.doing for number in alive}
+        stepping = len(alive) == len(running) and all(what == STEPPING for what in doing.values())
+        # All wait for the one that hangs: it is the one that has come least far.
+        for number in sorted(alive, key=lambda number: (not _stopped(running[number].pid), self._last(signs[number]))):
+            silent = now - self._heard[number][1]
+            limit = self._silence.start if doing[number] == STARTING else between if stepping else self._silence.busy
+            if silent > limit or (silent > between and _stopped(running[number].pid)):
+                steps = f"; a step takes {usual:.2g} s" if doing[number] == STEPPING else ""
+                state = "is stopped" if _stopped(running[number].pid) else "hangs"
+                return f"process {number} {state}: no sign of life for {silent:.0f} s while {doing[number]}{steps}"
+        return ""
+
+    @staticmethod
+    def _last(sign: Sign | None) -> int:
+        return -1 if sign is None else sign.last
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal; False where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
+def useful_seconds(lives: Sequence[Life]) -> float:
+    """The time of the steps that count: those that a later life had to do again do not."""
+    useful, beginning = 0.0, None
+    for life in reversed(lives):
+        if life.first is None:
+            continue
+        last = life.last if beginning is None else min(life.last, beginning)
+        useful += max(0, last - life.first) * life.step_seconds
+        beginning = life.first if beginning is None else min(beginning, life.first)
+    return useful
+
+
+def goodput(lives: Sequence[Life], since: float) -> float:
+    """`useful_seconds` over all time since `since` (seconds since 1970), 0 to 1."""
+    return min(1.0, useful_seconds(lives) / max(time.time() - since, 1e-3))
+
+
+def orders(path: Path, since: float, lives: Sequence[Life]) -> dict[str, str]:
+    """The environment of a process that is to write its signs into `path`; `lives` were before, since `since`."""
+    before = [dataclasses.asdict(life) for life in lives]
+    return {VARIABLE: json.dumps({"path": str(path), "since": since, "lives": before, "supervisor": os.getpid()})}
+
+
+def read(path: Path) -> Sign | None:
+    """The newest sign in a file; None where there is none yet."""
+    try:
+        return Sign(**json.loads(path.read_text(encoding="ascii")))
+    except FileNotFoundError:
+        return None
+
+
+class Pulse:
+    """The writing side. Times are those of `clock`, in seconds."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        told = json.loads(environment.get(VARIABLE, "null"))
+        self._path = None if told is None else Path(told["path"])
+        self._since = 0.0 if told is None else told["since"]
+        self._lives = [] if told is None else [Life(**life) for life in told["lives"]]
+        self._sign = Sign()
+        self._spent, self._timed = 0.0, 0
+        self._begun: float | None = None  # when the step under way began, as far as it is known
+        if told is not None:
+            _end_with(told["supervisor"])
+
+    def begin(self, step: int) -> None:
+        """Says that the run goes on from `step`; the first step after it compiles."""
+        self._write(first=step, last=step)
+
+    def beat(self, step: int) -> None:
+        """Says that `step` is done."""
+        now = time.monotonic()
+        if self._begun is not None:
+            self._spent, self._timed = self._spent + now - self._begun, self._timed + step - self._sign.last
+        self._begun = now
+        if self._timed:
+            self._write(last=step, step_seconds=self._spent / self._timed, doing=STEPPING)
+        else:
+            self._write(last=step)
+
+    @contextlib.contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Says that the process is at something else than a step, which may take longer and is not a step's time."""
+        before, begun = self._sign.doing, time.monotonic()
+        self._write(doing=doing)
+        yield
+        if self._begun is not None:
+            self._begun += time.monotonic() - begun
+        self._write(doing=before)
+
+    def metrics(self) -> dict[str, float]:
+        """Of a supervised run: `restarts`, and `goodput`, the part of the time since the launch that made progress."""
+        if self._path is None:
+            return {}
+        return {"restarts": len(self._lives), "goodput": goodput([*self._lives, self._sign], self._since)}
+
+    def _write(self, **changed: int | float | str) -> None:
+        if self._path is None:
+            return
+        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, **changed)  # type: ignore[arg-type]
+        scratch = self._path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # a full disk for temporary files is no reason to stop training
+            scratch.write_text(json.dumps(dataclasses.asdict(self._sign)), encoding="ascii")
+            os.replace(scratch, self._path)
+
+
+def _end_with(supervisor: int) -> None:
+    """Lets this process save and stop when its supervisor is killed, instead of going on unwatched."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        try:
+            os.kill(supervisor, 0)
+        except ProcessLookupError:  # it was killed before this process asked to be told
+            os.kill(os.getpid(), signal.SIGTERM)
