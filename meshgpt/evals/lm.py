@@ -1,0 +1,103 @@
+"""Our model as the lm-evaluation-harness sees one."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from meshgpt.errors import UserError
+from meshgpt.evals.requests import pair_requests, windows
+from meshgpt.evals.scoring import Progress, Scorer
+from meshgpt.generate import Generator
+from meshgpt.sampling import Sampling
+from meshgpt.tokenizer import Tokenizer
+
+_MAX_GEN_TOKS = 256  # what the harness's `hf` backend takes where a task does not say
+_KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+@final
+class HarnessLM(LM):
+    """Scores and generates for the harness what its `hf` backend does with the same weights.
+
+    Every process of a run holds one and is given all requests (the harness sees one process); batches are spread over
+    the mesh.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, report: Progress, max_gen_toks: int = 0) -> None:
+        """max_gen_toks: most tokens of a generated answer, where that is less than a task asks for; 0 is no limit."""
+        super().__init__()
+        self._scorer, self._tokenizer, self._report = scorer, tokenizer, report
+        self._max_gen_toks = max_gen_toks
+        self._generator: Generator | None = None
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for context, continuation in (request.arguments for request in requests)]
+        scores = self._scorer.score(pair_requests(self._tokenizer, pairs), self._report, "log-likelihoods")
+        return [(score.log_likelihood, score.greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        encoded = self._tokenizer.encode_batch([text for (text,) in (request.arguments for request in requests)])
+        cut = [list(windows(tokens, self._tokenizer.eot_id, self._scorer.context)) for tokens in encoded]
+        scores = iter(self._scorer.score([window for each in cut for window in each], self._report, "documents"))
+        return [sum(next(scores).log_likelihood for _ in each) for each in cut]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        asked = [(context, normalize_gen_kwargs(settings, _MAX_GEN_TOKS)) for context, settings in
+                 (request.arguments for request in requests)]  # fmt: skip
+        encoded = self._tokenizer.encode_batch([context for context, _ in asked])
+        groups: dict[str, list[int]] = {}
+        for index, (_, settings) in enumerate(asked):
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(index)
+        found, done = [""] * len(requests), 0
+        for name in sorted(groups):
+            generation = self._generation(json.loads(name))
+            indices = sorted(groups[name], key=lambda index: (-len(encoded[index]), encoded[index]))
+            rows = self._scorer.rows(self._scorer.context)
+            for start in range(0, len(indices), rows):
+                part = indices[start : start + rows]
+                for index, text in zip(part, generation([encoded[index] for index in part]), strict=True):
+                    found[index] = text
+                done += len(part)
+                self._report("generating", done, len(requests))
+        return found
+
+    def _generation(self, settings: dict[str, Any]) -> Callable[[list[list[int]]], list[str]]:
+        """Prompts to texts, by what the harness asks for."""
+        unknown = sorted(settings.keys() - _KNOWN)
+        if unknown:
+            raise UserError(
+                f"a task asks for generation with {unknown[0]}={settings[unknown[0]]!r}, which meshgpt does not do: "
+                f"leave that task out, or give it by --tasks-path with generation_kwargs of {', '.join(sorted(_KNOWN))}"
+            )
+        wanted = min(settings["max_gen_toks"], self._max_gen_toks or settings["max_gen_toks"])
+        room = self._scorer.context - wanted
+        if room < 1:
+            raise UserError(
+                f"a task asks for up to {wanted} generated tokens, and the model's context is {self._scorer.context}: "
+                f"give --max-gen-toks {max(1, self._scorer.context // 2)} or another below the context"
+            )
+        sampling = Sampling(
+            max_new_tokens=wanted,
+            temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
+            top_k=settings.get("top_k", 0) if settings["do_sample"] else 0,
+            top_p=settings.get("top_p", 1.0) if settings["do_sample"] else 1.0,
+        )
+        tokenizer, eot_id = self._tokenizer, self._tokenizer.eot_id
+        stops = handle_stop_sequences(settings["until"], eos=tokenizer.decode([eot_id]))
+
+        def enough(tokens: list[int]) -> bool:
+            text = tokenizer.decode(tokens)
+            return any(stop in text for stop in stops if stop)
+
+        def texts(prompts: Sequence[list[int]]) -> list[str]:
+            if self._generator is None:
+                self._generator = Generator(self._scorer.model, self._scorer.params)
+            cut = [prompt[-room:] for prompt in prompts]
+            samples = self._generator.generate(cut, sampling, eot_id=eot_id, enough=enough)
+            return [postprocess_generated_text(tokenizer.decode(tokens), stops, None) for (tokens,) in samples]
+
+        return texts

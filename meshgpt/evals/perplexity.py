@@ -1,0 +1,97 @@
+"""Perplexity of texts, by token, by word and by byte.
+
+Of documents with log-likelihood L = sum over their tokens of ln p(token | tokens before it), in nats:
+
+    token perplexity  exp(-L / T)      T: tokens, as many as the tokenizer makes of the texts
+    word perplexity   exp(-L / W)      W: words, `len(re.split(r"\\s+", text))`
+    byte perplexity   exp(-L / B)      B: bytes of the texts as UTF-8
+    bits per byte     -L / (B ln 2)    = log2(byte perplexity)
+
+Token perplexities compare only between models with one tokenizer; the others between any two. Word and byte perplexity
+and bits per byte are the lm-evaluation-harness's figures of those names (its task `wikitext`). Each document begins
+anew, after the end-of-text token, whose own prediction is not counted; longer ones are read in windows
+(`requests.windows`).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from meshgpt.evals.requests import windows
+from meshgpt.evals.scoring import Progress, Scorer
+from meshgpt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What was measured: `nats` is -L; see the module's docstring for the formulas."""
+
+    nats: float
+    tokens: int
+    words: int
+    bytes: int
+    documents: int
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp(-L / T)"""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(-L / W)"""
+        return _exp(self.nats / self.words)
+
+    @property
+    def byte_perplexity(self) -> float:
+        """exp(-L / B)"""
+        return _exp(self.nats / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """-L / (B ln 2)"""
+        return self.nats / self.bytes / math.log(2)
+
+    def figures(self) -> dict[str, float]:
+        """The four of them by name."""
+        names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+        return {name: getattr(self, name) for name in names}
+
+
+def measure(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    report: Progress,
+    *,
+    stride: int = 0,
+    counted: Sequence[str] | None = None,
+) -> Perplexity:
+    """The perplexity of `texts`, each a document.
+
+    Args:
+      stride: tokens by which a window moves on, 0 for a whole window; see `requests.windows`.
+      counted: the texts whose words and bytes are counted, where that is not what is scored: the harness scores
+        WikiText with its spaces around punctuation removed, and counts the original.
+
+    Raises:
+      UserError: a stride that the context does not hold.
+    """
+    cut = [
+        list(windows(tokens, tokenizer.eot_id, scorer.context, stride)) for tokens in tokenizer.encode_batch([*texts])
+    ]
+    requests = [window for document in cut for window in document]
+    scores = scorer.score(requests, report, "perplexity")
+    counted = texts if counted is None else counted
+    return Perplexity(
+        nats=-math.fsum(score.log_likelihood for score in scores),
+        tokens=sum(request.scored for request in requests),
+        words=sum(len(re.split(r"\s+", text)) for text in counted),
+        bytes=sum(len(text.encode()) for text in counted),
+        documents=len(texts),
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
