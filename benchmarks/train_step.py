@@ -32,7 +32,7 @@ from meshgpt.layers import Execution
 from meshgpt.loss import NextToken
 from meshgpt.models import Model
 from meshgpt.optim import AdamW, Constant
-from meshgpt.step import init_state, make_train_step, next_token_loss
+from meshgpt.step import from_params, make_train_step, next_token_loss
 from meshgpt.trees import Tree, leaves_with_names
 
 OPTIM = AdamW(peak_lr=3e-4, warmup_steps=0, schedule=Constant())
@@ -51,7 +51,7 @@ class Ours:
 
 def build_ours(config: GPT2Config, execution: Execution, objective: NextToken, rows: np.ndarray) -> Ours:
     model = Model(config=config, execution=execution)
-    state = jax.jit(lambda key: init_state(model, OPTIM, key))(jax.random.key(0))
+    state = jax.jit(lambda key: from_params(model.init(key), OPTIM))(jax.random.key(0))
     initial = _by_hugging_face_name(config, state.params)
     tokens = jax.device_put(rows[None].astype(np.int32), spec("_ batch _"))
     weights = jax.device_put(np.ones((1, rows.shape[0], rows.shape[1] - 1), np.float32), spec("_ batch _"))

@@ -15,6 +15,7 @@ from meshgpt.loss import NextToken
 from meshgpt.models import GPT2Config, GPTJConfig
 from meshgpt.optim import AdamW, Optimizer
 from meshgpt.precision import Precision
+from meshgpt.trainable import Full, Trainable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class Run:
     """Of the parameters, the order of the text, dropout and the samples."""
     init: str = ""
     """Start from these weights: a Hugging Face folder or hub id, Mesh-Transformer-JAX's, or an imported folder."""
+    trainable: Trainable = Full()
+    """All parameters; or the last layers, or low-rank adapters, of the weights of `init`."""
     optim: Optimizer = AdamW()
     objective: NextToken = NextToken()
     precision: Precision = Precision()

@@ -13,7 +13,8 @@ from flax import nnx
 
 from meshgpt.axes import spec
 from meshgpt.errors import UserError
-from meshgpt.layers import Context, Execution, LayerCache, LayerNorm, run_stack, unstack, weight
+from meshgpt.layers import Context, Execution, LayerCache, LayerNorm, weight
+from meshgpt.stack import run_stack, unstack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

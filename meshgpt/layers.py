@@ -6,7 +6,6 @@ F d_ff, R rotary dimensions, V padded vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +14,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, zeros
 
-from meshgpt import host_memory
 from meshgpt.axes import gathered, spec
 from meshgpt.errors import UserError
 from meshgpt.kernels import Kernel, attend_fused, pick_kernel
@@ -56,24 +54,42 @@ class Weight(Protocol):
     def dense(self, dtype: jnp.dtype) -> jax.Array: ...
 
 
+@runtime_checkable
+class Product(Protocol):
+    """A `Weight` whose products are more than those of what `dense` gives; arguments as of `product` below."""
+
+    def product(self, equation: str, x: jax.Array, axes: str, out: str) -> jax.Array: ...
+
+
 def param(key: jax.Array, shape: tuple[int, ...], axes: str, init: Initializer, dtype: jnp.dtype) -> nnx.Param:
     """A fresh parameter at rest on the mesh as `axes` says (see `axes.spec`)."""
     return nnx.Param(init(key, shape, dtype, spec(axes)), axes=axes)
 
 
 def weight(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """The parameter in `dtype` with its `fsdp` slices gathered.
+    """The parameter in `dtype` with its `fsdp` slices gathered."""
+    return at_use(w.get_value(), w.axes, dtype)
+
+
+def at_use(value: Any, axes: str, dtype: jnp.dtype) -> jax.Array:
+    """An array or `Weight` that rests as `axes` say, in `dtype` with its `fsdp` slices gathered.
 
     Cast before gathered: the all-gather moves `dtype` bytes, and its transpose is the gradient's reduce-scatter.
     """
-    value = w.get_value()
     dense = value.dense(dtype) if isinstance(value, Weight) else value.astype(dtype)
-    return jax.sharding.reshard(dense, spec(gathered(w.axes)))
+    return jax.sharding.reshard(dense, spec(gathered(axes)))
 
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param, out: str) -> jax.Array:
     """`jnp.einsum(equation, x, w)` in x's dtype, the result lying on the mesh as the axis names `out` say."""
-    return jnp.einsum(equation, x, weight(w, x.dtype), out_sharding=spec(out))
+    return product(equation, x, w.get_value(), w.axes, out)
+
+
+def product(equation: str, x: jax.Array, value: Any, axes: str, out: str) -> jax.Array:
+    """`einsum` with what a parameter holds: an array, a `Weight` or a `Product` that rests as `axes` say."""
+    if isinstance(value, Product):
+        return value.product(equation, x, axes, out)
+    return jnp.einsum(equation, x, at_use(value, axes, x.dtype), out_sharding=spec(out))
 
 
 def bias_add(x: jax.Array, bias: nnx.Param) -> jax.Array:
@@ -315,53 +331,3 @@ class Attention(nnx.Module):
         cache = cache.append(k, v, context.starts_B)
         mask_BTS = jnp.arange(cache.k_BNSH.shape[2])[None, None, :] <= context.positions_BT[:, :, None]
         return attend(q, cache.k_BNSH.swapaxes(1, 2), cache.v_BNSH.swapaxes(1, 2), mask_BTS), cache
-
-
-_POLICIES: dict[Remat, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "named": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(SAVED_NAMES),
-        offload_src="device",
-        offload_dst=host_memory.KIND,
-    ),
-}
-
-
-def run_stack(
-    block: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
-    blocks: Any,
-    x_BTD: jax.Array,
-    key: jax.Array | None,
-    layers: int,
-    execution: Execution,
-) -> jax.Array:
-    """x through `layers` blocks whose tensors are stacked on a leading axis: block(one_block, x, key) -> x."""
-    keys = None if key is None else jax.random.split(key, layers)
-    in_line = execution.unroll == 0 or execution.unroll >= layers
-    if execution.remat == "offload":
-        host_memory.require("execution.remat=offload", "take named, or full")
-    if execution.remat != "none":
-        block = jax.checkpoint(block, policy=_POLICIES[execution.remat], prevent_cse=in_line)
-    if not in_line:
-
-        def body(x: jax.Array, one: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
-            return block(one[0], x, one[1]), None
-
-        return jax.lax.scan(body, x_BTD, (blocks, keys), unroll=execution.unroll)[0]
-    for index, one in enumerate(unstack(blocks, layers)):
-        x_BTD = block(one, x_BTD, None if keys is None else keys[index])
-    return x_BTD
-
-
-def unstack(blocks: Any, layers: int) -> list[Any]:
-    """The single blocks of a stack. `lax.split`, whose transpose is one concatenation, not a sum of padded slices."""
-
-    def parts(leaf: jax.Array) -> list[jax.Array]:
-        return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, (1,) * layers)]
-
-    leaves, structure = jax.tree.flatten(blocks)
-    columns = [parts(leaf) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [column[index] for column in columns]) for index in range(layers)]

@@ -6,6 +6,7 @@ plain training.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ import jax.numpy as jnp
 from meshgpt.axes import spec
 from meshgpt.config import Run
 from meshgpt.models import Model
-from meshgpt.optim import learning_rate
+from meshgpt.optim import learning_rate, resting
+from meshgpt.replicas import digests_every
 from meshgpt.step import (
     Loss,
     Metrics,
     TrainState,
-    abstract_state,
-    init_state,
+    from_params,
     make_eval_step,
     make_train_step,
     next_token_loss,
@@ -54,6 +55,7 @@ class Program:
         """
         learning_rate(self.run.optim, self.run.steps)
         self.run.optim.direction()
+        self.run.trainable.check(self.model.abstract_params())
         run = self.run
 
         def train_step(
@@ -63,7 +65,11 @@ class Program:
             dropout = jax.random.fold_in(seed, 1) if drops(run) else None
             rounding = jax.random.fold_in(seed, 2) if run.precision.rounding == "stochastic" else None
             loss = self._loss(frozen, run.objective.z_loss)
-            step = make_train_step(loss, run.optim, run.steps, dropout, run.precision, rounding)
+            every = run.check_replicas_every
+            inspect = (
+                (lambda gradients, step: digests_every(every, jax.tree.leaves(gradients), step)) if every else None
+            )
+            step = make_train_step(loss, run.optim, run.steps, dropout, run.precision, rounding, inspect)
             return step(state, tokens, weights)
 
         return train_step
@@ -77,22 +83,42 @@ class Program:
         return eval_step
 
     def _loss(self, frozen: Tree, z_loss: float) -> Loss:
-        del frozen
         objective = dataclasses.replace(self.run.objective, z_loss=z_loss)
-        return next_token_loss(self.model, objective, self.document_end)
+        whole = next_token_loss(self.model, objective, self.document_end)
+
+        def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[Any, Any]:
+            return whole(self.run.trainable.joined(params, frozen, key), tokens, weights, key)
+
+        return loss
 
     def fresh(self) -> TrainState:
-        """A new state from the run's seed, on the mesh that is set."""
+        """A new state from the run's seed, on the mesh that is set; of a run that trains all of its parameters."""
         key = jax.random.fold_in(jax.random.key(self.run.seed), 0)
-        return jax.jit(lambda key: init_state(self.model, self.run.optim, key))(key)
+        return jax.jit(lambda key: self.start(self.model.init(key))[0])(key)
+
+    def start(self, base: Tree) -> tuple[TrainState, Tree]:
+        """The state that starts from the model's parameters `base`, and what the run reads and never changes.
+
+        Raises:
+          UserError: `run.trainable` names what the model does not have.
+        """
+        abstract = self.model.abstract_params()
+        self.run.trainable.check(abstract)
+        key = jax.random.fold_in(jax.random.key(self.run.seed), 3)
+        params, frozen = self.run.trainable.start(base, abstract, key)
+        return from_params(params, self.run.optim, self.run.precision), frozen
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes, shardings and memories of the state."""
-        return abstract_state(self.model, self.run.optim)
+        state, _ = self._abstract()
+        return dataclasses.replace(state, opt_state=resting(self.run.optim, state.opt_state))
 
     def abstract_frozen(self) -> Tree:
         """The same of what the run reads and never changes."""
-        return {}
+        return self._abstract()[1]
+
+    def _abstract(self) -> tuple[TrainState, Tree]:
+        return jax.eval_shape(lambda: self.start(self.model.init(jax.random.key(0))))
 
     def lower(self) -> jax.stages.Lowered:
         """The train step for the mesh that is set, which need not exist: nothing is compiled or allocated."""
@@ -107,6 +133,9 @@ class Program:
 
 
 def drops(run: Run) -> bool:
-    """Whether the run's model has dropout."""
-    rates = [getattr(run.model, field.name) for field in dataclasses.fields(run.model) if "dropout" in field.name]
+    """Whether the run's model, or its adapters, have dropout."""
+    parts = (run.model, run.trainable)
+    rates = [
+        getattr(part, field.name) for part in parts for field in dataclasses.fields(part) if "dropout" in field.name
+    ]
     return any(rates)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from meshgpt.loss import NextToken, cross_entropy
 from meshgpt.models import Model
-from meshgpt.optim import Optimizer, learning_rate, resting
+from meshgpt.optim import Optimizer, learning_rate
 from meshgpt.precision import LossScale, Precision, stochastic_round
 from meshgpt.trees import Tree
 
@@ -41,17 +41,6 @@ class TrainState:
     def items(self) -> dict[str, Tree]:
         """The state as checkpoints keep it."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-def init_state(model: Model, optim: Optimizer, key: jax.Array) -> TrainState:
-    """A fresh state on the mesh that is set. Call it under `jax.jit`; under `jax.eval_shape` it allocates nothing."""
-    return from_params(model.init(key), optim, model.precision)
-
-
-def abstract_state(model: Model, optim: Optimizer) -> TrainState:
-    """Shapes, dtypes, shardings and memories of `init_state`; allocates nothing."""
-    state = jax.eval_shape(lambda: init_state(model, optim, jax.random.key(0)))
-    return dataclasses.replace(state, opt_state=resting(optim, state.opt_state))
 
 
 def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision()) -> TrainState:
@@ -132,7 +121,7 @@ def _updated(params: Tree, updates: Tree, lr: jax.Array, rounding_key: jax.Array
 
     def one(p: jax.Array, u: jax.Array, key: jax.Array | None) -> jax.Array:
         new = p.astype(jnp.float32) - lr * u.astype(jnp.float32)
-        return new.astype(p.dtype) if key is None else stochastic_round(new, key)
+        return new.astype(p.dtype) if key is None or p.dtype == jnp.float32 else stochastic_round(new, key)
 
     return structure.unflatten(map(one, leaves, structure.flatten_up_to(updates), keys))
 

@@ -18,8 +18,8 @@ from meshgpt import host_memory, tree_io
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution
 from meshgpt.loss import NextToken
-from meshgpt.optim import AdamW, AdamW8bit, Constant, Optimizer
-from meshgpt.step import TrainState, abstract_state, from_params, make_train_step, next_token_loss
+from meshgpt.optim import AdamW, AdamW8bit, Constant, Optimizer, resting
+from meshgpt.step import TrainState, from_params, make_train_step, next_token_loss
 
 
 def kinds(tree: Any) -> set[str]:
@@ -56,7 +56,8 @@ def test_a_paged_state_rests_on_the_host_and_changes_nothing(optim: Optimizer, t
     with jax.set_mesh(tiny.mesh(1, 1, 4)):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
             saver.save(tmp_path / "0", args=ocp.args.Composite(**tree_io.save_args(paged.items())))
-        abstract = abstract_state(tiny.model(tiny.GPT2), paged_optim)
+        fresh = jax.eval_shape(lambda: from_params(tiny.model(tiny.GPT2).init(jax.random.key(0)), paged_optim))
+        abstract = dataclasses.replace(fresh, opt_state=resting(paged_optim, fresh.opt_state))
         again = tree_io.restore(tmp_path / "0", abstract.items())
         assert kinds(again["opt_state"]) == {"pinned_host"}
         tiny.assert_same_bits(again["opt_state"], paged.opt_state)

@@ -20,6 +20,7 @@ from meshgpt import kernels, layers
 from meshgpt.axes import spec
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution
+from meshgpt.stack import run_stack
 
 F32 = jnp.dtype("float32")
 
@@ -244,7 +245,7 @@ def test_layers_drop_different_things() -> None:
         seen.append(layers.dropout(x, 0.5, key))
         return x
 
-    layers.run_stack(block, jnp.zeros((3, 1)), x, jax.random.key(0), 3, Execution(unroll=0))
+    run_stack(block, jnp.zeros((3, 1)), x, jax.random.key(0), 3, Execution(unroll=0))
     assert all((a != b).any() for a, b in itertools.pairwise(seen))
 
 
