@@ -85,6 +85,9 @@ class Run:
     """Where metrics go besides the console and metrics.jsonl: `tensorboard/` in the run's folder, Weights & Biases."""
     max_bad_steps: int = 20
     """Stop after so many steps in a row whose loss or gradient is not finite."""
+    check_replicas_every: int = 0
+    """Compare the replicas of parameters, optimizer state and gradients, bit for bit, after every so many steps, and
+    the state before each save: a device that computes wrongly is named before a checkpoint is spoiled. 0 does not."""
     checkpointing: Checkpointing = Checkpointing()
     samples: Samples = Samples()
     export: Literal["none", "float32", "bfloat16", "float16"] = "float32"
@@ -100,8 +103,9 @@ class Run:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}")
-        if self.seq_len < 0 or self.eval_batches < 0:
-            raise UserError(f"--seq-len {self.seq_len}, --eval-batches {self.eval_batches}: these cannot be negative")
+        for name in ("seq_len", "eval_batches", "check_replicas_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: this cannot be negative")
         if self.seq_len > self.model.n_positions:
             raise UserError(
                 f"--seq-len {self.seq_len} is above the model's {self.model.n_positions} positions: "
@@ -124,7 +128,7 @@ class Run:
 # themselves are compared by their digest (`train.start_state`), so that a store may be moved.
 RESUMABLE = (
     *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps"),
-    "sinks",
+    *("sinks", "check_replicas_every"),
     *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
     "data.prepare.overwrite",
 )

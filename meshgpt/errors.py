@@ -14,8 +14,15 @@ class UserError(Exception):
     """
 
 
+class MachineError(Exception):
+    """A fault of the machine and not of the user, in words: `meshgpt launch` starts again where a UserError ends it.
+
+    The command line prints it and exits with 3.
+    """
+
+
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs `command`; 0, or 2 after printing a UserError, or 130 after Ctrl-C or SIGTERM, without a traceback."""
+    """Runs `command`: 0, or without a traceback 2 on a UserError, 3 on a MachineError, 130 on Ctrl-C or SIGTERM."""
     try:
         with _sigterm_as_ctrl_c():
             command()
@@ -23,6 +30,9 @@ def exit_code(command: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MachineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

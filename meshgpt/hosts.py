@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ def _detect(deadline: float) -> tuple[str, int, int] | None:
 def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None]:
     """Within it this process is one of those of `place`; does nothing for None.
 
-    An exception that is not the user's mistake ends the process at once, with code 1: JAX would wait for the others,
+    An exception that nothing explains ends the process at once, with code 1: JAX would wait for the others,
     which wait for this one.
 
     Raises:
@@ -162,7 +162,7 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
     signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, MachineError, KeyboardInterrupt):
         raise
     except Exception:
         traceback.print_exc()

@@ -71,12 +71,14 @@ def make_train_step(
     dropout_key: jax.Array | None,
     precision: Precision = Precision(),
     rounding_key: jax.Array | None = None,
+    inspect: Callable[[Tree, jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """step(state, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics), to be jitted with the state donated.
 
-    `rounding_key` is for parameters that are rounded stochastically. Metrics, scalars: `loss` (mean nats a token),
-    `grad_norm` (before clipping), `learning_rate`, `tokens` (weights summed), `skipped_steps`, `skipped_in_a_row`; with
-    float16, `loss_scale` (of this step).
+    `rounding_key` is for parameters that are rounded stochastically. Where there is an `inspect`, what it makes of the
+    gradients (sums over tokens) and the number of the step, from 1, is the metric `inspected`. Other metrics, scalars:
+    `loss` (mean nats a token), `grad_norm` (before clipping), `learning_rate`, `tokens` (weights summed),
+    `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this step).
     """
     rate = learning_rate(optim, total_steps)
     direction = optim.direction()
@@ -84,6 +86,7 @@ def make_train_step(
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
         key, scale = _folded(dropout_key, state.step), state.loss_scale
         total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
+        inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
         norm = global_norm(gradients) / weight
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         # One factor does both: from sum to mean, and the clipping.
@@ -105,7 +108,7 @@ def make_train_step(
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
         metrics |= {"loss_scale": scale.value} if scale else {}
-        return new, metrics | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
+        return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
 
     return train_step
 

@@ -29,6 +29,7 @@ from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
 from meshgpt.program import EvalStep, Program, TrainStep
 from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
+from meshgpt.replicas import ReplicaCheck
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
@@ -66,8 +67,10 @@ def train(run: Run, command: str = "") -> None:
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return
-            state, stopped = run_steps(loop, folder, state, checkpoints, pulse)
+            replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
+            state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse)
             step = int(state.step)
+            replicas.compare(step, state.items())
             with pulse.busy(SAVING):
                 checkpoints.save(step, state.items(), loop.metadata)
                 checkpoints.wait()
@@ -140,7 +143,7 @@ def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None
 
 
 def run_steps(
-    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, pulse: Pulse
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck, pulse: Pulse
 ) -> tuple[TrainState, bool]:
     """Trains to the last step; True where a signal stopped it before."""
     run, first = loop.run, int(state.step)
@@ -148,7 +151,7 @@ def run_steps(
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
     if run.data.mask_documents and first < run.steps:
         _prove_isolation(loop, feed, state)
-    figures = Figures(loop, folder, first, pulse)
+    figures = Figures(loop, folder, first, replicas, pulse)
     batches = loop.data.batches.iterate(first, run.steps, feed.rows)
     with stop_requests() as stop, figures.open():
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
@@ -159,13 +162,18 @@ def run_steps(
             if loop.data.validation is not None and (last or step % run.eval_every == 0):
                 with figures.evaluating(step) as log:
                     log(evaluate(loop, state.params))
-            if step % run.checkpointing.every == 0 and not last:
+            saves = step % run.checkpointing.every == 0 and not last
+            if replicas.due(step, saves):
+                figures.flush()
+                replicas.compare(step, state.items())
+            if saves:
                 with pulse.busy(SAVING):
                     checkpoints.save(step, state.items(), loop.metadata)
             if stop(step) or figures.diverged:
                 break
         figures.flush()
     if figures.diverged:
+        replicas.compare(int(state.step), state.items())
         checkpoints.save(int(state.step), state.items(), loop.metadata)
         raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
     return state, int(state.step) < run.steps
@@ -205,8 +213,8 @@ def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
 class Figures:
     """Fetches a step's metrics when the next step is under way, and passes them to the trackers."""
 
-    def __init__(self, loop: Loop, folder: RunFolder, first: int, pulse: Pulse) -> None:
-        self._run, self._folder, self._first, self._pulse = loop.run, folder, first, pulse
+    def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
+        self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
         self._pending: tuple[int, Metrics] | None = None
         shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
         self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
@@ -253,8 +261,10 @@ class Figures:
             return
         step, metrics = self._pending
         self._pending = None
-        values: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        fetched = jax.device_get(metrics)
         self._pulse.beat(step)
+        self._replicas.compare_gradients(step, fetched.pop("inspected", None))
+        values: dict[str, Any] = {name: float(value) for name, value in fetched.items()}
         self.diverged = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
         values["skipped_steps"] = int(values["skipped_steps"])
         run = self._run
