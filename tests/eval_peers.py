@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,16 @@ GPTJ = GPTJConfig(**_SHAPE, rotary_dim=4)
 _TEXT = """the a one this some every small old red quiet river stone bird house garden letter teacher child engine road
 runs sings falls opens carries finds breaks answers waits turns under over beside without after near slowly again never
 twice Paris 1912 12% é naïve"""
+
+
+@contextmanager
+def quick_to_compile() -> Iterator[None]:
+    """Programs that run once, and need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def silent(label: str, done: int, total: int | None) -> None:
@@ -82,6 +92,22 @@ def hellaswag_rows(count: int) -> list[dict[str, Any]]:
     return [row(number) for number in range(count)]
 
 
+def plain_rows(count: int) -> list[dict[str, Any]]:
+    """Rows with HellaSwag's fields but no marks of its own; endings of very different lengths."""
+    return [
+        {
+            "ctx": sentence(30000 + number, 4 + number % 9),
+            "endings": [sentence(31000 + 10 * number + i, 1 + 3 * ((i + number) % 4)) for i in range(4)],
+            "label": number % 3,
+        }
+        for number in range(count)
+    ]
+
+
+# How the harness puts such rows as they are.
+PLAIN = {"process_docs": None, "doc_to_text": "{{ctx}}", "doc_to_target": "{{label}}", "doc_to_choice": "{{endings}}"}
+
+
 def sciq_rows(count: int) -> list[dict[str, Any]]:
     """Rows in the form of allenai/sciq."""
     return [
@@ -132,8 +158,6 @@ def make_tasks(folder: Path) -> Path:
     local_task(folder, "local_hellaswag", "hellaswag/hellaswag.yaml", "validation", hellaswag_rows(24))
     local_task(folder, "local_sciq", "sciq/sciq.yaml", "validation", sciq_rows(24))
     local_task(folder, "local_wikitext", "wikitext/wikitext.yaml", "test", wikitext_rows(4))
+    local_task(folder, "local_plain", "hellaswag/hellaswag.yaml", "validation", plain_rows(24), **PLAIN)
     local_task(folder, "local_lambada", "lambada/lambada_openai.yaml", "test", lambada_rows(24))
     return folder
-
-
-Make = Callable[[ModelConfig], Path]

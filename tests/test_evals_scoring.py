@@ -1,10 +1,14 @@
 """Log-likelihoods beside PyTorch's in float64, on any mesh and in any batch."""
 
+from collections.abc import Iterator
+
+import eval_peers
 import jax
 import numpy as np
 import pytest
 import tiny
 import torch
+from eval_peers import silent
 
 from meshgpt.errors import UserError
 from meshgpt.evals import scoring
@@ -18,8 +22,10 @@ REQUESTS = [Request(tiny.tokens(1, 2 + n % 16, seed=n)[0].tolist(), 1 + n % (1 +
 REQUESTS += [Request(tiny.tokens(1, 30, seed=99)[0].tolist(), 5), Request([5, 6], 0)]
 
 
-def silent(label: str, done: int, total: int | None) -> None:
-    del label, done, total
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_compile() -> Iterator[None]:
+    with eval_peers.quick_to_compile():
+        yield
 
 
 def scorer(config: ModelConfig, mesh: jax.sharding.Mesh, batch_size: int = 0) -> Scorer:
