@@ -15,9 +15,14 @@ def free_port() -> int:
 
 
 def start(
-    workshop: Workshop, processes: int, devices: int, *arguments: object, each: dict[int, tuple[str, ...]] | None = None
+    workshop: Workshop,
+    processes: int,
+    devices: int,
+    *arguments: object,
+    each: dict[int, tuple[str, ...]] | None = None,
+    module: str = "meshgpt.train",
 ) -> list[subprocess.Popen[str]]:
-    """`python -m meshgpt.train` with `arguments`, and those of `each` for a process's number besides."""
+    """`python -m meshgpt.train`, or another module, with `arguments` and those of `each` for a process's number."""
     port = free_port()
     started = []
     for number in range(processes):
@@ -33,7 +38,7 @@ def start(
             "MESHGPT_PROCESS_ID": str(number),
         }
         own = (each or {}).get(number, ())
-        command = [sys.executable, "-m", "meshgpt.train", *map(str, arguments), *own]
+        command = [sys.executable, "-m", module, *map(str, arguments), *own]
         started.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )

@@ -163,11 +163,6 @@ def test_an_unknown_task_gets_the_nearest_names(local: TaskManager, name: str, m
         harness.resolve(local, [name])
 
 
-def test_without_names_nothing_is_evaluated(local: TaskManager) -> None:
-    with pytest.raises(UserError, match="names no task"):
-        harness.resolve(local, [])
-
-
 def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tasks-path .* holds no \.yaml file"):
         harness.open_tasks(tmp_path)

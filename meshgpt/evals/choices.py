@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import pair_requests
+from meshgpt.evals.requests import Request, pair_requests
 from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.tokenizer import Tokenizer
 
@@ -62,10 +62,15 @@ def read_questions(lines: Sequence[tuple[str, Any]]) -> list[Question]:
     return [_question(where, row) for where, row in lines]
 
 
+def requests_of(tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Request]:
+    """What is scored: each ending of each question, in order."""
+    pairs = [(question.context, f" {ending}") for question in questions for ending in question.endings]
+    return pair_requests(tokenizer, pairs)
+
+
 def choose(scorer: Scorer, tokenizer: Tokenizer, questions: Sequence[Question], report: Progress) -> Accuracy:
     """How many of the questions the model answers rightly. Of equal endings the first counts as chosen."""
-    pairs = [(question.context, f" {ending}") for question in questions for ending in question.endings]
-    scores = iter(scorer.score(pair_requests(tokenizer, pairs), report, "multiple choice"))
+    scores = iter(scorer.score(requests_of(tokenizer, questions), report, "multiple choice"))
     right = right_norm = 0
     for question in questions:
         nats = np.array([next(scores).log_likelihood for _ in question.endings])
@@ -90,6 +95,8 @@ def _question(where: str, row: Any) -> Question:
         raise UserError(f"{where}: label {label!r} is no ending; they are numbered from 0 to {len(endings) - 1}")
     if isinstance(row.get("activity_label"), str):
         context, endings = _as_the_harness(row), [_cleaned(ending) for ending in endings]
+        if not all(endings):
+            raise UserError(f"{where}: nothing is left of an ending without what it has in brackets")
     return Question(context, tuple(endings), int(label))
 
 

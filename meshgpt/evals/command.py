@@ -66,7 +66,7 @@ class Arguments:
     mesh: MeshShape = MeshShape()
 
     def __post_init__(self) -> None:
-        if not (self.tasks or self.choices or self.perplexity):
+        if not (self.task_names or self.choices or self.perplexity):
             raise UserError("nothing to evaluate: give --tasks NAMES, --choices FILE or --perplexity FILE")
         for name in ("limit", "num_fewshot"):
             value = getattr(self, name)
@@ -76,6 +76,10 @@ class Arguments:
             raise UserError(f"--max-gen-toks {self.max_gen_toks}, --stride {self.stride}: these cannot be negative")
         if self.stride and not self.perplexity:
             raise UserError(f"--stride {self.stride} is of --perplexity, which is not given")
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -127,10 +131,14 @@ def evaluate(asked: Arguments) -> Results:
 
 def _wanted(asked: Arguments) -> _Wanted:
     tasks = None
-    if asked.tasks:
+    if asked.task_names:
         known = harness.open_tasks(asked.tasks_path)
-        names = harness.resolve(known, [name.strip() for name in asked.tasks.split(",") if name.strip()])
+        names = harness.resolve(known, asked.task_names)
         tasks = harness.load(known, names, asked.num_fewshot)
+    called = [files.stem(path) for path in (*asked.choices, *asked.perplexity)]
+    twice = next((name for name in called if called.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two files are called {twice}, by which their results are kept: rename one")
     questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.choices}
     return _Wanted(
         tasks=tasks,

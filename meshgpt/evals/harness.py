@@ -72,8 +72,6 @@ def resolve(tasks: "TaskManager", asked: Sequence[str]) -> list[str]:
             said = f"; the nearest names are {', '.join(near)}" if near else ""
             raise UserError(f"--tasks {name}: there is no such task{said}. `lm-eval ls tasks` lists all")
         found += [match for match in matches if match not in found]
-    if not found:
-        raise UserError("--tasks names no task: give some, such as --tasks hellaswag,piqa")
     return found
 
 

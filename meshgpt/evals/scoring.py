@@ -20,7 +20,7 @@ from meshgpt.evals.requests import Request
 from meshgpt.feed import Feed, fetch
 from meshgpt.layers import Execution
 from meshgpt.loss import token_log_likelihoods
-from meshgpt.models import Model
+from meshgpt.models import Model, ModelConfig
 from meshgpt.trees import Tree
 
 # report(label, done, total): how far something is.
@@ -78,6 +78,7 @@ class Scorer:
         Raises:
           UserError: a request that scores more tokens than the model's context, or has ids it does not know.
         """
+        check_fits(requests, self.model.config)
         fitted = [self._fitted(request) for request in requests]
         found = [Score(0.0, True)] * len(requests)
         pending: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None
@@ -111,20 +112,9 @@ class Scorer:
 
     def _fitted(self, request: Request) -> Request:
         """The request without the first tokens, where it has more than fit."""
-        tokens = request.tokens
-        if max(tokens) >= self.model.config.vocab_size:
-            raise UserError(
-                f"a text has the token id {max(tokens)}, and the model knows 0 to {self.model.config.vocab_size - 1}: "
-                "use the tokenizer the model was trained with"
-            )
-        if request.scored > self.context:
-            raise UserError(
-                f"a continuation has {request.scored} tokens, and the model's context is {self.context}: it cannot be "
-                "scored at once. Leave that task or row out, or take a model with a longer context"
-            )
-        if len(tokens) - 1 > self.context:
+        if len(request.tokens) - 1 > self.context:
             self.truncated += 1
-        return Request(tokens[-(self.context + 1) :], request.scored)
+        return Request(request.tokens[-(self.context + 1) :], request.scored)
 
     def _dispatch(self, requests: list[Request], batch: Batch) -> tuple[jax.Array, jax.Array]:
         feed = self._feeds.setdefault(batch.rows, Feed(self._mesh, 1, batch.rows))
@@ -143,6 +133,21 @@ class Scorer:
             targets_rC[i, inside], counts_rC[i, inside] = tokens[-scored:], True
         placed = (feed.place(a)[0] for a in (tokens_rT, first_r1, targets_rC, counts_rC))
         return _scores(self.model, self.params, *placed)
+
+
+def check_fits(requests: Sequence[Request], shape: ModelConfig) -> None:
+    """Raises UserError for what a model of this shape cannot score: unknown ids, or more tokens than its context."""
+    for request in requests:
+        if max(request.tokens) >= shape.vocab_size:
+            raise UserError(
+                f"a text has the token id {max(request.tokens)}, and the model knows 0 to {shape.vocab_size - 1}: "
+                "use the tokenizer the model was trained with"
+            )
+        if request.scored > shape.n_positions:
+            raise UserError(
+                f"a continuation has {request.scored} tokens, and the model's context is {shape.n_positions}: it "
+                "cannot be scored at once. Leave that task or row out, or take a model with a longer context"
+            )
 
 
 def _longest_first(requests: Sequence[Request]) -> list[int]:
