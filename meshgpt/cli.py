@@ -37,6 +37,12 @@ def _export(arguments: Sequence[str]) -> None:
     export(arguments)
 
 
+def _quantize(arguments: Sequence[str]) -> None:
+    from meshgpt.quantize_command import quantize
+
+    quantize(arguments)
+
+
 def _report(arguments: Sequence[str]) -> None:
     from meshgpt.report.command import report
 
@@ -89,6 +95,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),
     "import": (_import, "SOURCE --out DIR: weights of Hugging Face's or Mesh-Transformer-JAX's"),
     "export": (_export, "RUN --out DIR: a Hugging Face folder, proved by reading it back"),
+    "quantize": (_quantize, "RUN|FOLDER --format nf4 --out DIR: 4 or 8 bits, for bitsandbytes and llama.cpp"),
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
     "eval": (_eval, "RUN|FOLDER --tasks NAMES: tasks of the lm-evaluation-harness, perplexity, multiple choice"),
     "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),

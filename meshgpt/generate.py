@@ -17,7 +17,7 @@ from meshgpt.axes import batch_shards, spec
 from meshgpt.decoder import Decoder, single_blocks
 from meshgpt.errors import UserError
 from meshgpt.feed import fetch
-from meshgpt.layers import LayerCache, weight
+from meshgpt.layers import LayerCache, Weight, weight
 from meshgpt.models import Model
 from meshgpt.sampling import Knobs, Sampling, draw
 from meshgpt.tokenizer import Tokenizer
@@ -216,6 +216,8 @@ def _prepare(model: Model, params: Tree) -> _Ready:
     decoder = model.bind(params)
 
     def ready(leaf: nnx.Param) -> nnx.Variable:
+        if isinstance(leaf.get_value(), Weight):  # stays in its few bits until a matmul asks for it
+            return leaf
         # Vectors keep their dtype: norms compute in float32.
         return leaf.replace(weight(leaf, model.precision.compute_dtype if leaf.ndim > 1 else leaf.dtype))
 

@@ -60,8 +60,24 @@ def read_config(folder: Path) -> ModelConfig:
     fields = _Fields(file=file, entries=entries)
     fields.refuse_unless("model_type", None, ("gpt2", "gptj"))
     fields.refuse_unless("activation_function", "gelu_new", _GELU_TANH)
-    fields.refuse_unless("quantization_config", None, (None,))
+    _check_quantization(fields)
     return _gpt2(fields) if entries["model_type"] == "gpt2" else _gptj(fields)
+
+
+def _method(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return repr(entry)
+    older = "load_in_4bit" in entry or "load_in_8bit" in entry  # such files do not name the method
+    return str(entry.get("quant_method", "bitsandbytes" if older else "?"))
+
+
+def _check_quantization(fields: _Fields) -> None:
+    entry = fields.entries.get("quantization_config")
+    if entry is not None and _method(entry) != "bitsandbytes":
+        raise UserError(
+            f"{fields.file}: quantization_config is {_method(entry)}'s; supported: bitsandbytes. Take the model that "
+            "it was made from"
+        )
 
 
 def _gpt2(fields: _Fields) -> GPT2Config:

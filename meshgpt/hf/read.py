@@ -5,26 +5,32 @@ layers is allocated once on its devices and filled layer by layer, in place; eac
 memory-mapped file.
 """
 
-import functools
 import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from meshgpt import trees
 from meshgpt.errors import UserError
-from meshgpt.hf import safetensor
+from meshgpt.hf import bnb_read, safetensor
 from meshgpt.hf.config import ModelConfig
 from meshgpt.hf.names import BUFFERS, Stored, by_path, from_stored, stored_tensors
+from meshgpt.hf.stacking import stacked
 from meshgpt.hf.tensors import Tensors, open_tensors
+from meshgpt.low_bit import Place
 
 
 def load(folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
-    """The parameters in `folder`, which is in the Hugging Face format, placed like `abstract`; see `place`."""
-    return place(fitting(open_tensors(folder), config), config, abstract)
+    """The parameters in `folder`, which is in the Hugging Face format, placed like `abstract`; see `place`.
+
+    What bitsandbytes quantized stays in 4 or 8 bits: such leaves are `layers.Weight`s (`Weight4`, `Weight8`).
+    """
+    tensors = fitting(open_tensors(folder), config)
+    holders = by_path(stored_tensors(config))
+    quantized = {path for path, held in holders.items() if isinstance(tensors.entries[held[0].name], bnb_read.LowBit)}
+    return _placed(tensors, config, abstract, quantized)
 
 
 def place(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
@@ -40,22 +46,32 @@ def place(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.
     Raises:
       UserError: naming the first tensor that holds a value that is not finite, in the file or once cast.
     """
+    return _placed(tensors, config, abstract, set())
+
+
+def _placed(tensors: Tensors, config: ModelConfig, abstract: trees.Tree, quantized: set[str]) -> trees.Tree:
     holders = by_path(stored_tensors(config))
     leaves = trees.leaves_with_names(abstract)
     assert {name for name, _ in leaves} == set(holders), "abstract is not a parameter tree of this configuration"
     # The largest tensors first: what the host holds of them is gone before the devices are full.
     order = sorted(leaves, key=lambda item: -math.prod(holders[item[0]][0].part_shape))
-    placed = {name: _place(tensors, holders[name], name, leaf) for name, leaf in order}
+    placed = {
+        name: (_place_low_bit if name in quantized else _place)(tensors, holders[name], name, leaf)
+        for name, leaf in order
+    }
     return trees.map_with_names(lambda name, _: placed[name], abstract)
 
 
 def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
     """The tensors of `config`, without the constants and the copies that a checkpoint may carry along.
 
+    Matrices that bitsandbytes quantized become one entry each, whose contents are dequantized (`bnb_read.plain`).
+
     Raises:
       UserError: listing all that is missing, unexpected, misshapen or of a dtype that is not a float's.
     """
     wanted = {tensor.name: tensor.shape for tensor in stored_tensors(config)}
+    tensors = bnb_read.plain(tensors, config)
     found = {name: entry for name, entry in tensors.entries.items() if BUFFERS.fullmatch(name) is None}
     if "lm_head.weight" in found and "lm_head.weight" not in wanted:
         _check_tied(tensors)
@@ -87,20 +103,34 @@ def _check_tied(tensors: Tensors) -> None:
 
 
 def _place(tensors: Tensors, holders: list[Stored], path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = _sharding(path, leaf)
+    if holders[0].layer is None:
+        return _read(tensors, holders[0], path, leaf.shape, sharding, leaf.dtype)
+
+    def read(layer: int, of_one_layer: NamedSharding) -> jax.Array:
+        return _read(tensors, holders[layer], path, leaf.shape[1:], of_one_layer, leaf.dtype)
+
+    return stacked(leaf.shape, leaf.dtype, sharding, read)
+
+
+def _place_low_bit(
+    tensors: Tensors, holders: list[Stored], path: str, leaf: jax.ShapeDtypeStruct
+) -> bnb_read.Weight4 | bnb_read.Weight8:
+    sharding, axes = _sharding(path, leaf), trees.MatrixAxes.of(path, len(leaf.shape))
+    assert axes is not None, f"{path} is not a matrix"
+    assert isinstance(sharding.mesh, jax.sharding.Mesh), f"{path} is on no devices"
+    inputs = axes.rows_end - axes.stack
+    where = Place(shape=leaf.shape[1:], inputs=inputs, spec=PartitionSpec(*sharding.spec[1:]))
+    entries = [tensors.entries[holder.name] for holder in holders]
+    return bnb_read.assemble(entries, holders, path, where, sharding.mesh)
+
+
+def _sharding(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding), f"{path} has no place on a mesh: {sharding}"
     if isinstance(sharding.mesh, AbstractMesh):  # as `jax.eval_shape` leaves it
         sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    if holders[0].layer is None:
-        return _read(tensors, holders[0], path, leaf.shape, sharding, leaf.dtype)
-    assert not sharding.spec or sharding.spec[0] is None, f"layers are sharded: {sharding.spec}"
-    of_one_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    stack = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
-    for layer, holder in enumerate(holders):
-        part = _read(tensors, holder, path, leaf.shape[1:], of_one_layer, leaf.dtype)
-        # Waited for, or the host runs ahead and holds the parts of many layers.
-        stack = jax.block_until_ready(_set_layer(stack, part, layer))
-    return stack
+    return sharding
 
 
 def _read(
@@ -118,8 +148,3 @@ def _read(
         return part
 
     return jax.make_array_from_callback(shape, sharding, slice_of)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, part: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0)

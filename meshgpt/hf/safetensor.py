@@ -25,7 +25,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}  # what quantized weights are kept in
+_CODES = {dtype: code for code, dtype in (DTYPES | _BYTES).items()}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
@@ -41,9 +42,10 @@ class Entry:
 
     def map(self) -> np.ndarray:
         """The tensor, memory-mapped read-only for as long as the array lives."""
+        dtype = (DTYPES | _BYTES)[self.code]
         if math.prod(self.shape) == 0:
-            return np.empty(self.shape, DTYPES[self.code])
-        return np.memmap(self.file, DTYPES[self.code], "r", self.start, self.shape)
+            return np.empty(self.shape, dtype)
+        return np.memmap(self.file, dtype, "r", self.start, self.shape)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -109,13 +111,47 @@ class Writer:
         assert kind is not None or not self._expected, f"not written: {self._expected}"
 
 
+class MixedWriter:
+    """Writes one file of tensors of any dtypes, which nobody knows beforehand: the header comes last.
+
+    `header_bytes` are kept free for it; what it leaves of them is spaces, as the format allows.
+    """
+
+    def __init__(self, file: Path, header_bytes: int) -> None:
+        self._announced: list[tuple[str, tuple[int, ...], np.dtype]] = []
+        self._room = header_bytes + -header_bytes % 8
+        self._stream = file.open("xb")
+        self._stream.seek(8 + self._room)
+        self.nbytes = 0
+
+    def add(self, name: str, contents: np.ndarray) -> None:
+        """Writes the next tensor."""
+        self._announced.append((name, contents.shape, contents.dtype))
+        np.ascontiguousarray(contents).tofile(self._stream)
+        self.nbytes += contents.nbytes
+
+    def __enter__(self) -> "MixedWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._stream:
+            if kind is None:
+                self._stream.seek(0)
+                self._stream.write(_framed(self._announced, self._room))
+
+
 def _header(shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype) -> bytes:
+    return _framed([(name, shape, dtype) for name, shape in shapes])
+
+
+def _framed(tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], room: int = 0) -> bytes:
     table: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     start = 0
-    for name, shape in shapes:
+    for name, shape, dtype in tensors:
         stop = start + math.prod(shape) * dtype.itemsize
         table[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return struct.pack("<Q", len(text)) + text
+    assert len(text) <= room or not room, f"a header of {len(text)} bytes in {room}"
+    return struct.pack("<Q", max(len(text), room)) + text.ljust(room)

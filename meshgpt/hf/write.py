@@ -76,8 +76,8 @@ def export(
         if first():
             if len(shards) > 1:
                 _write_index(folder, shards, total)
-            _write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
-            _write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
+            write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
+            write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
             notes = save_tokenizer(tokenizer, folder, probe.tokens_BT)
         multihost_utils.sync_global_devices("export written")
         verdict = read_back(folder, params, config, probe, release=release)
@@ -131,8 +131,9 @@ def _write_tensors(
 
 def _write_index(folder: Path, shards: dict[str, list[Stored]], total: int) -> None:
     weight_map = {tensor.name: file for file, members in shards.items() for tensor in members}
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_json(file: Path, contents: dict) -> None:
+def write_json(file: Path, contents: dict) -> None:
+    """`contents` as the JSON files beside a model are written."""
     file.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
