@@ -231,8 +231,13 @@ def latest_step(folder: Path, report: Callable[[str], None]) -> int | None:
 
 def restore_params(folder: Path, step: int, abstract_params: Tree) -> Tree:
     """The parameters alone, without reading the optimizer state. Their digests are checked by `latest_step`."""
+    return restore_items(folder, step, {"params": abstract_params})["params"]
+
+
+def restore_items(folder: Path, step: int, abstract_state: Tree) -> Tree:
+    """The same of any top-level entries of the state, for a reader: changes nothing in `folder`."""
     _silence_orbax()
-    return tree_io.restore(folder.absolute() / str(step), {"params": abstract_params})["params"]
+    return tree_io.restore(folder.absolute() / str(step), abstract_state)
 
 
 def read_metadata(folder: Path, step: int) -> dict[str, JSON]:

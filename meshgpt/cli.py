@@ -19,6 +19,12 @@ def _launch(arguments: Sequence[str]) -> None:
     raise SystemExit(launch(arguments))
 
 
+def _chaos(arguments: Sequence[str]) -> None:
+    from meshgpt.chaos.command import chaos
+
+    raise SystemExit(chaos(arguments))
+
+
 def _prepare(arguments: Sequence[str]) -> None:
     from meshgpt.commands import prepare
 
@@ -90,6 +96,7 @@ def _doctor(arguments: Sequence[str]) -> None:
 VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "RECIPE: train a model, or go on with a run"),
     "launch": (_launch, "--processes N RECIPE: the same with N processes, watched and restarted"),
+    "chaos": (_chaos, "RECIPE --kills N: kill, stop, damage, fill the disk; the run must end as it would have"),
     "data": (_data, "order|show|find|inspect|pack: what a run saw, and what a store holds"),
     "prepare": (_prepare, "SOURCE... --out DIR: text to a token store"),
     "generate": (_generate, "RUN|FOLDER --prompt TEXT: text from a trained model"),

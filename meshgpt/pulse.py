@@ -77,15 +77,24 @@ class Listener:
         alive = [number for number, process in enumerate(running) if process.poll() is None]
         doing = {number: STARTING if (sign := signs[number]) is None else sign.doing for number in alive}
         stepping = len(alive) == len(running) and all(what == STEPPING for what in doing.values())
-        # All wait for the one that hangs: it is the one that has come least far.
-        for number in sorted(alive, key=lambda number: (not _stopped(running[number].pid), self._last(signs[number]))):
-            silent = now - self._heard[number][1]
-            limit = self._silence.start if doing[number] == STARTING else between if stepping else self._silence.busy
-            if silent > limit or (silent > between and _stopped(running[number].pid)):
-                steps = f"; a step takes {usual:.2g} s" if doing[number] == STEPPING else ""
-                state = "is stopped" if _stopped(running[number].pid) else "hangs"
-                return f"process {number} {state}: no sign of life for {silent:.0f} s while {doing[number]}{steps}"
-        return ""
+        silent = {number: now - self._heard[number][1] for number in alive}
+        limit = {number: self._limit(doing[number], between, stepping) for number in alive}
+        stopped = [number for number in alive if silent[number] > between and _stopped(running[number].pid)]
+        late = stopped or [number for number in alive if silent[number] > limit[number]]
+        if not late:
+            return ""
+        # All wait for the one that hangs: it is the one that has come least far, or was stopped.
+        stopped = stopped or [number for number in alive if _stopped(running[number].pid)]
+        number = min(stopped or late, key=lambda number: self._last(signs[number]))
+        steps = f"; a step takes {usual:.2g} s" if doing[number] == STEPPING else ""
+        state = "is stopped" if stopped else "hangs"
+        where = f"while {doing[number]} after step {max(self._last(signs[number]), 0):,}"
+        return f"process {number} {state}: no sign of life for {silent[number]:.0f} s {where}{steps}"
+
+    def _limit(self, doing: str, between: float, stepping: bool) -> float:
+        if doing == STARTING:
+            return self._silence.start
+        return between if stepping else self._silence.busy
 
     @staticmethod
     def _last(sign: Sign | None) -> int:

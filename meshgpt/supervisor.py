@@ -24,6 +24,7 @@ _CLEAN = (0, 130)  # of a process that was asked to stop: saved, or nothing to s
 _ROOT_CAUSE_SECONDS = 0.5  # the others of a process that died follow within so long
 _LONGEST_PAUSE = 60.0
 _TAIL_LINES = 3
+_NOISE = "[Gloo]"  # what each process says of its peers at every start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,11 @@ class Supervisor:
         self._impatient = False  # ... twice
         self.lives: list[Life] = []
         self.since = time.time()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked it to stop."""
+        return bool(self._stopping)
 
     def run(self) -> int:
         """Until the end; gives the exit code: 0, or that of the process that ended it."""
@@ -216,7 +222,8 @@ class Supervisor:
     def _tail(self, number: int) -> str:
         if number == 0 and not self._quiet:
             return ""
-        lines = self._log(number).read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        lines = self._log(number).read_text(errors="replace").splitlines()
+        lines = [line for line in lines if not line.startswith(_NOISE)][-_TAIL_LINES:]
         return f" ({self._log(number)} ends: {' / '.join(line.strip() for line in lines)})" if lines else ""
 
     def _record(self, reason: str) -> None:
