@@ -15,11 +15,12 @@ from meshgpt import hf, runtime, wrap_up
 from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
+from meshgpt.errors import UserError
 from meshgpt.generate import Sampling, generate_text
 from meshgpt.imported import import_model
 from meshgpt.precision import Float, Precision
 from meshgpt.tracker import progress_bar
-from meshgpt.trained import open_trained
+from meshgpt.trained import open_adapters, open_trained
 
 _FLAGS = (tyro.conf.AvoidSubcommands,)
 Source = Annotated[Path, tyro.conf.Positional]
@@ -86,6 +87,14 @@ class ExportArguments:
     """This checkpoint instead of the newest."""
     replace: bool = False
     """Replace an earlier export at `out`."""
+    merge: bool = False
+    """Of a run with LoRA: base and adapters summed up to one model. This is what is written anyway."""
+    adapter: bool = False
+    """Of a run with LoRA: the adapters alone, as a folder that PEFT loads beside the base."""
+
+    def __post_init__(self) -> None:
+        if self.merge and self.adapter:
+            raise UserError("--merge writes a whole model and --adapter the adapters alone: give one of them")
 
 
 # The gate compares logits on these words in the model's own tokens: any text serves, as both sides read the same.
@@ -97,6 +106,9 @@ def export(arguments: Sequence[str]) -> None:
     asked = tyro.cli(ExportArguments, prog="meshgpt export", args=list(arguments), config=_FLAGS)
     runtime.start()
     mesh = make_mesh(asked.mesh)
+    if asked.adapter:
+        with jax.set_mesh(mesh):
+            return _export_adapter(asked)
     with jax.set_mesh(mesh), progress_bar() as report:
         # The comparison is exact: in float32, whatever the run computed in.
         trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
@@ -114,6 +126,13 @@ def export(arguments: Sequence[str]) -> None:
         )
     print(verdict)
     print(f"{asked.out} is ready: transformers.AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
+
+
+def _export_adapter(asked: ExportArguments) -> None:
+    found = open_adapters(asked.source, print, asked.step)
+    base = found.run.init
+    print(hf.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.replace))
+    print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

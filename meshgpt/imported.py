@@ -1,25 +1,28 @@
 """Other people's weights: into a folder of ours (`meshgpt import`), and as what a run starts from (`--init`)."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from meshgpt import hf
-from meshgpt.checkpoint import Checkpointer, Checkpointing, latest_step, restore_params
+from meshgpt import digests, hf
+from meshgpt.checkpoint import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
 from meshgpt.config import Run, from_json, to_json
 from meshgpt.errors import UserError
 from meshgpt.models import Model, ModelConfig
 from meshgpt.optim import AdamW
 from meshgpt.precision import Float, Precision
 from meshgpt.run_folder import RunFolder
-from meshgpt.step import TrainState, from_params
 from meshgpt.tokenizer import Tokenizer, load_tokenizer
+from meshgpt.trainable import Full
 from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
@@ -97,9 +100,13 @@ def adopt(run: Run, folder: RunFolder) -> Run:
     A run that goes on in its folder keeps the sizes it was started with, and needs the source no more.
 
     Raises:
-      UserError: what opening the source raises, or a model of the other family.
+      UserError: what opening the source raises, a model of the other family, or none where `run.trainable` needs one.
     """
     if not run.init:
+        if not isinstance(run.trainable, Full):
+            raise UserError(
+                f"{type(run.trainable).__name__} trains a part of a model that is there already: name it with --init"
+            )
         return run
     if run.resume != "never" and folder.record.is_file():
         recorded = folder.read_run()
@@ -127,28 +134,62 @@ def record_origin(run: Run, folder: RunFolder) -> None:
     folder.origin.write_text(text + "\n", encoding="utf-8")
 
 
-def initial_state(run: Run, model: Model, tokenizer: Tokenizer, say: Callable[[str], None]) -> TrainState:
-    """The state that starts from `run.init`, on the mesh that is set.
-
-    Adam's moments come along where the source has them (Mesh-Transformer-JAX's checkpoints).
-
-    Raises:
-      UserError: a tokenizer of the source that gives other ids than the run's.
-    """
+def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:
+    """The parameters that `run.init` holds, on the mesh that is set."""
     opened = _open(run.init)
-    if opened.tokenizer is not None:
-        _check_tokenizer(load_tokenizer(opened.tokenizer), tokenizer, run.init)
-    abstract = model.abstract_params()
-    say(f"starting from {run.init}")
     if isinstance(opened, Imported):
-        return from_params(opened.load(abstract, say), run.optim)
+        return opened.load(model.abstract_params(), say)
     for note in opened.notes:
         say(note)
-    state = from_params(opened.load(abstract), run.optim)
-    if opened.adam is None:
-        return state
-    moments = opened.load_moments(*_moment_forms(abstract, run))
-    return dataclasses.replace(state, opt_state=moments.into(state.opt_state))
+    return opened.load(model.abstract_params())
+
+
+def initial_moments(run: Run, model: Model) -> hf.Moments | None:
+    """Adam's moments, where `run.init` has them (Mesh-Transformer-JAX's checkpoints)."""
+    opened = _open(run.init)
+    if isinstance(opened, Imported) or opened.adam is None:
+        return None
+    return opened.load_moments(*_moment_forms(model.abstract_params(), run))
+
+
+def check_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the tokenizer of `run.init` gives other ids than the run's."""
+    theirs = _open(run.init).tokenizer
+    if theirs is not None:
+        _check_tokenizer(load_tokenizer(theirs), tokenizer, run.init)
+
+
+def identity(source: str) -> dict[str, str]:
+    """Where weights come from, and one digest of every number in them, wherever they lie.
+
+    It is of the names, shapes and contents of all tensors; of an imported folder, of its checkpoint's own digests.
+    """
+    opened = _open(source)
+    whole = hashlib.sha256()
+    if isinstance(opened, Imported):
+        step = completed_steps(opened.folder / "checkpoints")[-1]
+        whole.update(digests.manifest_path(opened.folder / "checkpoints" / str(step)).read_bytes())
+        return {"source": source, "sha256": whole.hexdigest()}
+
+    def one(name: str) -> str:
+        contents = np.ascontiguousarray(opened.tensors.entries[name].map())
+        said = f"{name} {contents.dtype} {contents.shape} "
+        return said + hashlib.sha256(contents.reshape(-1).view(np.uint8).data).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        for line in pool.map(one, sorted(opened.tensors.entries)):
+            whole.update(line.encode())
+    return {"source": source, "sha256": whole.hexdigest()}
+
+
+def check_identity(found: dict[str, str], recorded: Any, since: str) -> None:
+    """Raises UserError where the base of a run (an `identity`) is not the one that was recorded at `since`."""
+    if recorded["sha256"] != found["sha256"]:
+        raise UserError(
+            f"--init {found['source']} holds other weights than the run was built on at {since} (sha256 then "
+            f"{recorded['sha256'][:12]}, now {found['sha256'][:12]}; then at {recorded['source']}): what was trained "
+            "beside those means nothing beside these. Give the former weights, or another --run-dir"
+        )
 
 
 def _moment_forms(abstract: Tree, run: Run) -> tuple[Tree, Tree]:

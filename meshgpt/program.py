@@ -113,6 +113,12 @@ class Program:
         state, _ = self._abstract()
         return dataclasses.replace(state, opt_state=resting(self.run.optim, state.opt_state))
 
+    def abstract_params(self) -> Tree:
+        """Shapes, dtypes and shardings of what is trained."""
+        key = jax.random.key(0)
+        abstract = self.model.abstract_params()
+        return jax.eval_shape(lambda: self.run.trainable.start(self.model.init(key), abstract, key)[0])
+
     def abstract_frozen(self) -> Tree:
         """The same of what the run reads and never changes."""
         return self._abstract()[1]

@@ -24,7 +24,7 @@ from meshgpt.checkpoint import Checkpointer
 from meshgpt.config import Run, differences, to_json
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
-from meshgpt.imported import adopt, initial_state, record_origin
+from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
 from meshgpt.program import EvalStep, Program, TrainStep
@@ -33,6 +33,7 @@ from meshgpt.replicas import ReplicaCheck
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
+from meshgpt.start import start
 from meshgpt.sinks import open_sinks
 from meshgpt.step import Metrics, TrainState
 from meshgpt.tracker import Console, JsonLines, Several
@@ -58,7 +59,9 @@ def train(run: Run, command: str = "") -> None:
         check_samples(run, tokenizer)
         loop = Loop.build(run, mesh, data)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
-            state = start_state(loop, checkpoints, say)
+            begun = start(loop.program, data, checkpoints, say)
+            loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
+            state = begun.state
             if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
                 folder.record_run(run, command)
                 tokenizer.save(folder.tokenizer)
@@ -78,7 +81,8 @@ def train(run: Run, command: str = "") -> None:
             say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
             return
         with pulse.busy(FINISHING):
-            finish(run, folder, loop.program.model, state.params, tokenizer, data.first_store, say)
+            params = run.trainable.merged(state.params, loop.frozen)
+            finish(run, folder, loop.program.model, params, tokenizer, data.first_store, say)
             if jax.process_index() == 0:
                 folder.mark_finished(step)
 
@@ -117,29 +121,6 @@ class Loop:
             train_step=jax.jit(program.train_step(), donate_argnums=0),
             eval_step=jax.jit(program.eval_step()),
         )
-
-
-def start_state(loop: Loop, checkpoints: Checkpointer, say: Callable[[str], None]) -> TrainState:
-    """The newest intact checkpoint's state, or a fresh one."""
-    shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
-    counted = scaling.count_parameters(shapes, loop.run.model.vocab_size)
-    shape, kind = loop.run.mesh.resolve(loop.mesh.size), jax.devices()[0].device_kind
-    computing = loop.program.model.precision.compute_dtype
-    say(f"{counted.total:,} parameters, computing in {computing}; {loop.mesh.size} x {kind} as {shape}")
-    step = checkpoints.latest()
-    if step is None:
-        if loop.run.resume == "must":
-            raise UserError("--resume must: no checkpoint was saved yet")
-        return (
-            initial_state(loop.run, loop.program.model, loop.data.tokenizer(), say)
-            if loop.run.init
-            else loop.program.fresh()
-        )
-    if step > loop.run.steps:
-        raise UserError(f"the run is at step {step}, beyond --steps {loop.run.steps}: give at least {step}")
-    loop.data.check_unchanged(checkpoints.metadata(step).get("data", []), f"step {step:,}")
-    say(f"resuming from step {step:,}")
-    return TrainState(**checkpoints.restore(step, loop.program.abstract().items()))
 
 
 def run_steps(
@@ -183,7 +164,8 @@ def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
     tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])[0, :, :-1]
     end = loop.data.document_end(loop.run)
     assert end is not None
-    proved = prove_isolation(loop.program.model, state.params, tokens, end)
+    params = loop.run.trainable.joined(state.params, loop.frozen, None)
+    proved = prove_isolation(loop.program.model, params, tokens, end)
     if jax.process_index() == 0:
         said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
         proven = "no token of the first batch sees another document, by gradient"
@@ -216,8 +198,9 @@ class Figures:
     def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
         self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
         self._pending: tuple[int, Metrics] | None = None
-        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.abstract().params)}
-        self._flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
+        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.model.abstract_params())}
+        flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
+        self._flops = round(flops * loop.run.trainable.work(loop.run.model.n_layers))
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
         self._facts = {
             "devices": len(self._kinds),

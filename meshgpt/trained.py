@@ -4,14 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from meshgpt import digests, hf
-from meshgpt.checkpoint import completed_steps, latest_step, restore_params
+from meshgpt.checkpoint import completed_steps, latest_step, read_metadata, restore_params
+from meshgpt.config import Run
 from meshgpt.errors import UserError
-from meshgpt.imported import RECORD, Imported
+from meshgpt.imported import RECORD, Imported, check_identity, identity, initial_params
 from meshgpt.models import Model
 from meshgpt.precision import Precision
+from meshgpt.program import Program
 from meshgpt.run_folder import RunFolder
 from meshgpt.tokenizer import Tokenizer, load_tokenizer
+from meshgpt.trainable import Full, LoRA
 from meshgpt.trees import Tree
 
 
@@ -56,11 +61,53 @@ def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], N
     # Parameters are read in the dtype they were trained in; only the computation follows `precision`.
     policy = dataclasses.replace(precision, params=run.precision.params)
     model = Model(config=run.model, execution=run.execution, precision=policy)
+    found = _step(folder, report, step)
+    params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
+    frozen = {} if isinstance(run.trainable, Full) else _base(run, folder, found, model, report)
+    return Trained(
+        model=model, params=run.trainable.merged(params, frozen), tokenizer=load_tokenizer(folder.tokenizer), step=found
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What a run with LoRA has trained, on the mesh that is set."""
+
+    run: Run
+    part: LoRA
+    params: Tree
+    step: int
+
+
+def open_adapters(source: Path, report: Callable[[str], None], step: int | None = None) -> Adapters:
+    """The adapters alone of a run; its base is not read.
+
+    Raises:
+      UserError: no run, one that trains something else, or no intact checkpoint (of that step).
+    """
+    folder = RunFolder(source)
+    run = folder.read_run()
+    if not isinstance(run.trainable, LoRA):
+        kind = type(run.trainable).__name__
+        raise UserError(f"--adapter: {source} was trained with {kind}, not LoRA, and has no adapters; leave it out")
+    found = _step(folder, report, step)
+    params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
+    return Adapters(run=run, part=run.trainable, params=params, step=found)
+
+
+def _base(run: Run, folder: RunFolder, step: int, model: Model, report: Callable[[str], None]) -> Tree:
+    """What the run read beside what it trained, which must still be the same."""
+    check_identity(identity(run.init), read_metadata(folder.checkpoints, step)["base"], f"step {step:,}")
+    _, frozen = run.trainable.start(initial_params(run, model, report), model.abstract_params(), jax.random.key(0))
+    return frozen
+
+
+def _step(folder: RunFolder, report: Callable[[str], None], step: int | None) -> int:
+    """The newest intact step, or `step` if it is intact."""
     found = latest_step(folder.checkpoints, report) if step is None else _intact(folder, step)
     if found is None:
         raise UserError(f"{folder.path} has no checkpoint yet: train for some steps first")
-    params = restore_params(folder.checkpoints, found, model.abstract_params())
-    return Trained(model=model, params=params, tokenizer=load_tokenizer(folder.tokenizer), step=found)
+    return found
 
 
 def _intact(folder: RunFolder, step: int) -> int:

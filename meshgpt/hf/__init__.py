@@ -4,6 +4,7 @@
 not finish before what they wrote was reopened from disk and found equal to the live model.
 """
 
+from meshgpt.hf.adapter import export_adapter
 from meshgpt.hf.bnb_write import BnbForm
 from meshgpt.hf.config import ModelConfig, read_config
 from meshgpt.hf.gguf_file import GgufForm
@@ -31,6 +32,7 @@ __all__ = [
     "Verdict",
     "contents_of",
     "export",
+    "export_adapter",
     "export_mtj",
     "is_quantized",
     "live_tensors",

@@ -25,7 +25,7 @@ def live_tensors(
     """
     leaves = dict(trees.leaves_with_names(params))
     for tensor in order or stored_tensors(config):
-        parts = [_fetch(leaves[path], tensor.layer) for path in tensor.paths]
+        parts = [fetch(leaves[path], tensor.layer) for path in tensor.paths]
         contents = to_stored(tensor, parts)
         del parts
         with np.errstate(over="ignore"):  # told below, by name
@@ -42,7 +42,8 @@ def _not_finite(tensor: Stored, contents: np.ndarray, dtype: np.dtype) -> str:
     return f"{tensor.name} reaches {largest:.4g}, which overflows {dtype.name}: export as bfloat16 or float32 instead"
 
 
-def _fetch(leaf: jax.Array, layer: int | None) -> np.ndarray:
+def fetch(leaf: jax.Array, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, on the host of every process."""
     part = leaf if layer is None else _layer(leaf, layer)
     if part.is_fully_addressable:
         return np.asarray(part)
