@@ -1,6 +1,7 @@
 """`Run`: everything that decides a training run, composed of the parts' own dataclasses; and Run as JSON, both ways."""
 
 import dataclasses
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -37,6 +38,45 @@ class Data:
         if self.mixture and (self.store or self.prepare):
             raise UserError("data.mixture takes the place of data.store and data.prepare: give one of them")
         check_stages(self.mixture)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evals:
+    """What is measured on the way besides the run's own held-out text (docs/evaluation.md)."""
+
+    every: int = 0
+    """Steps between these; 0 takes eval_every. The last step is always measured."""
+    stores: tuple[str, ...] = ()
+    """NAME=FOLDER of token stores: their held-out text, or all of it where none is held out. In nats a token."""
+    choices: tuple[str, ...] = ()
+    """Files in HellaSwag's form (JSON lines with ctx, endings, label)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of the lm-evaluation-harness, such as hellaswag."""
+    tasks_path: str = ""
+    """A folder with tasks of your own (.yaml); they may run Python."""
+    num_fewshot: int | None = None
+    """Solved examples before each question of a task; by default what the task says, or none."""
+    limit: int = 0
+    """Only the first so many questions of each file and task; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.limit < 0 or (self.num_fewshot or 0) < 0:
+            raise UserError(
+                f"--evals.every {self.every}, --evals.limit {self.limit}, --evals.num-fewshot {self.num_fewshot}: "
+                "these cannot be negative"
+            )
+        names = [self.store_name(store) for store in self.stores]
+        for store, name in zip(self.stores, names, strict=True):
+            if not re.fullmatch(r"[\w.-]+", name) or not store.partition("=")[2]:
+                raise UserError(f"--evals.stores {store!r}: give NAME=FOLDER, such as wiki=stores/wiki")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"--evals.stores: two are called {twice!r}; give each its own name")
+
+    @staticmethod
+    def store_name(store: str) -> str:
+        """What a store's figures are called, of its NAME=FOLDER."""
+        return store.partition("=")[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +119,7 @@ class Run:
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
     """At most so many global batches an evaluation; 0 takes the whole held-out text."""
+    evals: Evals = Evals()
     log_every: int = 10
     """Steps between lines of metrics."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -127,7 +168,7 @@ class Run:
 # What may differ when a run is resumed: none of it changes what the steps done so far have computed. The tokens
 # themselves are compared by their digest (`train.start_state`), so that a store may be moved.
 RESUMABLE = (
-    *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "log_every", "max_bad_steps"),
+    *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals", "log_every", "max_bad_steps"),
     *("sinks", "check_replicas_every"),
     *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
     "data.prepare.overwrite",

@@ -87,6 +87,9 @@ class Console:
         now = self._clock()
         if "val_loss" in metrics:
             self._print(_evaluation(step, metrics))
+        others = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith(("val/", "eval/"))]
+        if others:
+            self._print(f"step {step:,}  {'  '.join(others)}")
         if "loss" not in metrics:
             return
         line = "  ".join(_training(metrics))

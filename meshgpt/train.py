@@ -4,7 +4,6 @@ The host stays one step behind the devices: a step is dispatched before the figu
 """
 
 import dataclasses
-import math
 import re
 import shlex
 import signal
@@ -27,17 +26,18 @@ from meshgpt.feed import Feed
 from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
-from meshgpt.program import EvalStep, Program, TrainStep
+from meshgpt.program import Program, TrainStep
 from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.replicas import ReplicaCheck
 from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
-from meshgpt.start import start
 from meshgpt.sinks import open_sinks
+from meshgpt.start import start
 from meshgpt.step import Metrics, TrainState
 from meshgpt.tracker import Console, JsonLines, Several
 from meshgpt.trees import Tree, leaves_with_names
+from meshgpt.validation import Validation, open_validation
 from meshgpt.wrap_up import check_samples, finish
 
 
@@ -57,7 +57,7 @@ def train(run: Run, command: str = "") -> None:
         )
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
-        loop = Loop.build(run, mesh, data)
+        loop = Loop.build(run, mesh, data, folder)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
             begun = start(loop.program, data, checkpoints, say)
             loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
@@ -106,11 +106,11 @@ class Loop:
     metadata: dict[str, Any]  # kept beside each checkpoint
     data: RunData
     train_step: TrainStep
-    eval_step: EvalStep
+    validation: Validation
     frozen: Tree = dataclasses.field(default_factory=dict)  # what the programs read and never change
 
     @staticmethod
-    def build(run: Run, mesh: jax.sharding.Mesh, data: RunData) -> "Loop":
+    def build(run: Run, mesh: jax.sharding.Mesh, data: RunData, folder: RunFolder) -> "Loop":
         program = Program(run=run, document_end=data.document_end(run))
         return Loop(
             run=run,
@@ -119,7 +119,7 @@ class Loop:
             metadata={"run": to_json(run), "data": data.record()},
             data=data,
             train_step=jax.jit(program.train_step(), donate_argnums=0),
-            eval_step=jax.jit(program.eval_step()),
+            validation=open_validation(program, mesh, folder, data),
         )
 
 
@@ -139,11 +139,10 @@ def run_steps(
             weights = all_count if weights is None else feed.place(weights)
             state, metrics = loop.train_step(state, loop.frozen, feed.place(tokens), weights)
             figures.add(step, metrics)
-            last = step == run.steps
-            if loop.data.validation is not None and (last or step % run.eval_every == 0):
+            if loop.validation.due(step):
                 with figures.evaluating(step) as log:
-                    log(evaluate(loop, state.params))
-            saves = step % run.checkpointing.every == 0 and not last
+                    log(loop.validation.figures(step, state.params, loop.frozen))
+            saves = step % run.checkpointing.every == 0 and step < run.steps
             if replicas.due(step, saves):
                 figures.flush()
                 replicas.compare(step, state.items())
@@ -170,26 +169,6 @@ def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
         said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
         proven = "no token of the first batch sees another document, by gradient"
         _say(f"{proven} ({said})" if proved.shared_rows else f"the first batch cannot prove masking: {said}")
-
-
-def evaluate(loop: Loop, params: Tree) -> dict[str, float]:
-    """Validation loss in nats a token and bits per byte, over every token of the held-out text (or `eval_batches`)."""
-    validation = loop.data.validation
-    assert validation is not None
-    feed = Feed(loop.mesh, 1, validation.global_batch)
-    count = len(validation)
-    if loop.run.eval_batches:
-        count = min(count, loop.run.eval_batches * loop.run.accumulate)
-    sums = []
-    for batch in range(count):
-        tokens, weights = (feed.place(part)[0] for part in validation.rows(batch, feed.rows))
-        sums.append(loop.eval_step(params, loop.frozen, tokens, weights))
-    nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
-    loss = nats / tokens
-    figures = {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) * validation.num_tokens / validation.num_bytes}
-    if validation.gzip_bits_per_byte is not None:
-        figures["gzip_bits_per_byte"] = validation.gzip_bits_per_byte
-    return figures
 
 
 class Figures:

@@ -132,8 +132,8 @@ def test_a_run_with_checks_computes_what_one_without_does(workshop: Workshop, he
 def test_a_corrupted_replica_ends_the_run_and_is_not_saved(
     workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, found: str, saved: list
 ):
-    def corrupt(run, mesh, data, build=train.Loop.build):
-        loop = build(run, mesh, data)
+    def corrupt(run, mesh, data, folder, build=train.Loop.build):
+        loop = build(run, mesh, data, folder)
 
         def step(state, *rest):
             if int(state.step) == at:
