@@ -20,7 +20,7 @@ from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
 from meshgpt.errors import UserError
 from meshgpt.evals import choices, harness
-from meshgpt.evals.lm import HarnessLM
+from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.perplexity import measure
 from meshgpt.evals.results import Results
 
@@ -114,9 +114,9 @@ def test_generated_answers_are_those_of_the_hf_backend(folders: dict[str, Path])
     theirs = peer.generate_until(requests)
     with eval_peers.opened(folders["gptj"], tiny.mesh(2, 1, 2), batch_size=2) as (scorer, trained):
         said = []
-        lm = HarnessLM(scorer, trained.tokenizer, lambda *progress: said.append(progress))
+        lm = harness_lm(Answers(scorer, trained.tokenizer, lambda *progress: said.append(progress)))
         ours = lm.generate_until(requests)
-        (shorter,) = HarnessLM(scorer, trained.tokenizer, silent, max_gen_toks=3).generate_until(requests[:1])
+        (shorter,) = Answers(scorer, trained.tokenizer, silent, max_gen_toks=3).generate([requests[0].args])
     assert ours == theirs
     assert len(set(ours)) == 4
     assert said[-1] == ("generating", 4, 4)
@@ -133,9 +133,9 @@ def test_generated_answers_are_those_of_the_hf_backend(folders: dict[str, Path])
 )
 def test_generation_that_cannot_be_is_refused(folders: dict[str, Path], settings: dict, message: str) -> None:
     with eval_peers.opened(folders["gpt2"], tiny.mesh()) as (scorer, trained):
-        lm = HarnessLM(scorer, trained.tokenizer, silent)
+        answers = Answers(scorer, trained.tokenizer, silent)
         with pytest.raises(UserError, match=message):
-            lm.generate_until([generation("the", **settings)])
+            answers.generate([("the", settings)])
 
 
 def test_the_named_tasks_are_the_harnesss_own(local: TaskManager) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshgpt.errors import UserError
+from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.tokenizer import Tokenizer
@@ -122,12 +123,10 @@ def run(
     """
     from lm_eval.evaluator import evaluate
 
-    from meshgpt.evals.lm import HarnessLM
-
     begun = time.time()
     random.seed(_SEED)
     np.random.seed(_SHOTS_SEED)
-    lm = HarnessLM(scorer, tokenizer, report, max_gen_toks)
+    lm = harness_lm(Answers(scorer, tokenizer, report, max_gen_toks))
     with _one_process():
         try:
             found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)

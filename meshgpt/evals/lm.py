@@ -1,12 +1,8 @@
-"""Our model as the lm-evaluation-harness sees one."""
+"""Our model as the lm-evaluation-harness sees one. The harness is imported inside functions: it is an extra."""
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, final
-
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from typing import TYPE_CHECKING, Any, final
 
 from meshgpt.errors import UserError
 from meshgpt.evals.requests import pair_requests, windows
@@ -15,44 +11,71 @@ from meshgpt.generate import Generator
 from meshgpt.sampling import Sampling
 from meshgpt.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
 _MAX_GEN_TOKS = 256  # what the harness's `hf` backend takes where a task does not say
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
-@final
-class HarnessLM(LM):
-    """Scores and generates for the harness what its `hf` backend does with the same weights.
+def harness_lm(answers: "Answers") -> "LM":
+    """What the harness asks, answered by `answers`. It sees one process, and every process of a run holds one."""
+    from lm_eval.api.model import LM
 
-    Every process of a run holds one and is given all requests (the harness sees one process); batches are spread over
-    the mesh.
+    @final
+    class HarnessLM(LM):
+        def loglikelihood(self, requests: list["Instance"]) -> list[tuple[float, bool]]:
+            return answers.loglikelihood([(context, text) for context, text in map(_arguments, requests)])
+
+        def loglikelihood_rolling(self, requests: list["Instance"]) -> list[float]:
+            return answers.rolling([text for (text,) in map(_arguments, requests)])
+
+        def generate_until(self, requests: list["Instance"]) -> list[str]:
+            return answers.generate([(context, settings) for context, settings in map(_arguments, requests)])
+
+    return HarnessLM()
+
+
+def _arguments(request: "Instance") -> tuple[Any, ...]:
+    return request.arguments
+
+
+@final
+class Answers:
+    """Scores and generates what the harness's `hf` backend does with the same weights, batches spread over the mesh.
+
+    Every process is given all requests.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, report: Progress, max_gen_toks: int = 0) -> None:
         """max_gen_toks: most tokens of a generated answer, where that is less than a task asks for; 0 is no limit."""
-        super().__init__()
         self._scorer, self._tokenizer, self._report = scorer, tokenizer, report
         self._max_gen_toks = max_gen_toks
         self._generator: Generator | None = None
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        pairs = [(context, continuation) for context, continuation in (request.arguments for request in requests)]
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """(ln p of the continuation, whether it is what greedy decoding gives) of each (context, continuation)."""
         scores = self._scorer.score(pair_requests(self._tokenizer, pairs), self._report, "log-likelihoods")
         return [(score.log_likelihood, score.greedy) for score in scores]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        encoded = self._tokenizer.encode_batch([text for (text,) in (request.arguments for request in requests)])
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """ln p of each text, in windows side by side."""
+        encoded = self._tokenizer.encode_batch([*texts])
         cut = [list(windows(tokens, self._tokenizer.eot_id, self._scorer.context)) for tokens in encoded]
         scores = iter(self._scorer.score([window for each in cut for window in each], self._report, "documents"))
         return [sum(next(scores).log_likelihood for _ in each) for each in cut]
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        asked = [(context, normalize_gen_kwargs(settings, _MAX_GEN_TOKS)) for context, settings in
-                 (request.arguments for request in requests)]  # fmt: skip
+    def generate(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """The continuation of each context, by its settings (a task's generation_kwargs), up to a stop sequence."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         encoded = self._tokenizer.encode_batch([context for context, _ in asked])
         groups: dict[str, list[int]] = {}
         for index, (_, settings) in enumerate(asked):
-            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(index)
-        found, done = [""] * len(requests), 0
+            name = json.dumps(normalize_gen_kwargs(settings, _MAX_GEN_TOKS), sort_keys=True)
+            groups.setdefault(name, []).append(index)
+        found, done = [""] * len(asked), 0
         for name in sorted(groups):
             generation = self._generation(json.loads(name))
             indices = sorted(groups[name], key=lambda index: (-len(encoded[index]), encoded[index]))
@@ -62,11 +85,13 @@ class HarnessLM(LM):
                 for index, text in zip(part, generation([encoded[index] for index in part]), strict=True):
                     found[index] = text
                 done += len(part)
-                self._report("generating", done, len(requests))
+                self._report("generating", done, len(asked))
         return found
 
     def _generation(self, settings: dict[str, Any]) -> Callable[[list[list[int]]], list[str]]:
         """Prompts to texts, by what the harness asks for."""
+        from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+
         unknown = sorted(settings.keys() - _KNOWN)
         if unknown:
             raise UserError(
