@@ -29,10 +29,10 @@ from meshgpt.axes import MeshShape, make_mesh, spec
 from meshgpt.gpt2 import GPT2Config
 from meshgpt.hf.names import stored_tensors, to_stored
 from meshgpt.layers import Execution
-from meshgpt.loss import NextToken
+from meshgpt.loss import NextToken, next_token_loss
 from meshgpt.models import Model
 from meshgpt.optim import AdamW, Constant
-from meshgpt.step import from_params, make_train_step, next_token_loss
+from meshgpt.step import from_params, make_train_step
 from meshgpt.trees import Tree, leaves_with_names
 
 OPTIM = AdamW(peak_lr=3e-4, warmup_steps=0, schedule=Constant())

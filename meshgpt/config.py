@@ -4,12 +4,13 @@ import dataclasses
 import re
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from meshgpt.axes import MeshShape
 from meshgpt.checkpoint import Checkpointing
 from meshgpt.data.mixture import Stage, check_stages
 from meshgpt.data.prepare import Prepare
+from meshgpt.distill import Distill
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution, check_documents
 from meshgpt.loss import NextToken
@@ -17,6 +18,8 @@ from meshgpt.models import GPT2Config, GPTJConfig
 from meshgpt.optim import AdamW, Optimizer
 from meshgpt.precision import Precision
 from meshgpt.trainable import Full, Trainable
+
+Objective: TypeAlias = NextToken | Distill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class Run:
     trainable: Trainable = Full()
     """All parameters; or the last layers, or low-rank adapters, of the weights of `init`."""
     optim: Optimizer = AdamW()
-    objective: NextToken = NextToken()
+    objective: Objective = NextToken()
     precision: Precision = Precision()
     execution: Execution = Execution()
     mesh: MeshShape = MeshShape()

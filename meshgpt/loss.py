@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch.
+"""Losses of next-token logits that never hold these for a whole batch: cross-entropy here, distillation in `distill`.
 
 Each device computes the logits of its own tokens and its own slice of the vocabulary, a chunk of tokens at a time, and
 the gradient with respect to hidden states and head in the same pass (they are products of the logits, which are then
@@ -10,7 +10,8 @@ vocabulary slice.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,36 @@ from jax.sharding import PartitionSpec
 from meshgpt.axes import spec
 from meshgpt.decoder import Head
 from meshgpt.errors import UserError
+from meshgpt.models import Model
+from meshgpt.trees import Tree
 
 BATCH_AXES = ("data", "fsdp")
+
+# loss(params, tokens (M, T + 1), weights (M, T), key) -> (sum over tokens, sum of weights). Sums, never means: adding
+# up microbatches, uneven rows or hosts then cannot change the answer.
+Loss: TypeAlias = Callable[[Tree, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+class Score(Protocol):
+    """What is summed over tokens, given logits of some of them against a device's slice of the vocabulary.
+
+    Devices along `tensor` hold the other slices. chunk_tokens: tokens whose logits one device holds at a time.
+    """
+
+    @property
+    def chunk_tokens(self) -> int: ...
+
+    def score(
+        self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(the sum, its gradient with respect to the logits), float32.
+
+        Args:
+          logits: (b, c, v) float32, -inf where the vocabulary is padding.
+          hit: (b, c, v), whether an id is the target.
+          teacher: the logits of a frozen model, where there is one.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +70,54 @@ class NextToken:
                 "the first must not be negative, the second at least 1"
             )
 
+    @property
+    def plain(self) -> "NextToken":
+        """What validation reports: without regularisers."""
+        return dataclasses.replace(self, z_loss=0.0)
+
+    def abstract_frozen(self, model: Model) -> Tree:
+        """What the loss reads beside `model`'s parameters: nothing."""
+        del model
+        return {}
+
+    def loss(self, model: Model, frozen: Tree, document_end: int | None) -> Loss:
+        """The loss of `model`, whatever a run reads beside it."""
+        del frozen
+        return next_token_loss(model, self, document_end)
+
+    def score(
+        self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """weight * (logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2), summed, and its gradient."""
+        del teacher
+        softmax = Softmax.of(logits)
+        gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
+        loss = jnp.sum(weights_bc * (softmax.logsumexp - gold + self.z_loss * jnp.square(softmax.logsumexp)))
+        slope = weights_bc * (1.0 + 2.0 * self.z_loss * softmax.logsumexp) / softmax.normaliser
+        return loss, softmax.exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
+
+
+class Softmax(NamedTuple):
+    """A softmax over a vocabulary in slices: probabilities are exp / normaliser, exp (b, c, v), the others (b, c)."""
+
+    exp: jax.Array
+    normaliser: jax.Array
+    logsumexp: jax.Array
+
+    @staticmethod
+    def of(logits: jax.Array) -> "Softmax":
+        top = jax.lax.pmax(logits.max(-1), "tensor")
+        exp = jnp.exp(logits - top[..., None])
+        normaliser = jax.lax.psum(exp.sum(-1), "tensor")
+        return Softmax(exp, normaliser, jnp.log(normaliser) + top)
+
+
+class Teacher(NamedTuple):
+    """A frozen model's hidden states (B, T, E) and its head; its vocabulary is padded as the student's."""
+
+    x_BTE: jax.Array
+    head: Head
+
 
 class _Gradients(NamedTuple):
     """Gradients, or in their places how they lie on the mesh."""
@@ -58,6 +135,17 @@ class _Totals(NamedTuple):
     bias_v: jax.Array | None
 
 
+def next_token_loss(model: Model, objective: NextToken, document_end: int | None = None) -> Loss:
+    """The loss of predicting each row's next token; `document_end` as `Decoder.hidden` takes it."""
+
+    def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        decoder = model.bind(params)
+        x_MTD = decoder.hidden(tokens[:, :-1], key, document_end)
+        return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
+
+    return loss
+
+
 def cross_entropy(
     x_BTD: jax.Array, head: Head, targets_BT: jax.Array, weights_BT: jax.Array, objective: NextToken
 ) -> jax.Array:
@@ -66,54 +154,84 @@ def cross_entropy(
     A sum and not a mean, so that accumulation, packing and uneven hosts cannot change the answer: the caller divides
     by the sum of the weights. Differentiable in x, the head's weight and its bias.
     """
-    return _summed(head.vocab_size, objective, x_BTD, head.weight_VD, head.bias_V, targets_BT, weights_BT)
+    return summed(x_BTD, head, targets_BT, weights_BT, objective)
+
+
+def summed(
+    x_BTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    objective: Score,
+    teacher: Teacher | None = None,
+) -> jax.Array:
+    """What `objective` scores, summed over tokens; differentiable in x, the head's weight and its bias alone."""
+    sizes, frozen = (head.vocab_size, None), None
+    if teacher is not None:
+        sizes = head.vocab_size, teacher.head.vocab_size
+        frozen = teacher.x_BTE, teacher.head.weight_VD, teacher.head.bias_V
+    return _summed(sizes, objective, x_BTD, head.weight_VD, head.bias_V, frozen, targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT):
-    return _sharded(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, False)[0]
+def _summed(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT):
+    return _sharded(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT, False)[0]
 
 
-def _forward(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT):
-    return _sharded(vocab_size, objective, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, True)
+def _forward(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT):
+    return _sharded(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT, True)
 
 
-def _backward(vocab_size, objective, gradients: _Gradients, cotangent: jax.Array):
+def _backward(sizes, objective, gradients: _Gradients, cotangent: jax.Array):
     scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
-    return scaled.x_BTD, scaled.weight_VD, scaled.bias_V, None, None
+    return scaled.x_BTD, scaled.weight_VD, scaled.bias_V, None, None, None
 
 
 _summed.defvjp(_forward, _backward)
 
 
 def _sharded(
-    vocab_size: int, objective: NextToken, x_BTD, weight_VD, bias_V, targets_BT, weights_BT, differentiate: bool
+    sizes: tuple[int, int | None],
+    objective: Score,
+    x_BTD,
+    weight_VD,
+    bias_V,
+    frozen,
+    targets_BT,
+    weights_BT,
+    differentiate: bool,
 ) -> tuple[jax.Array, _Gradients | None]:
     """The loss, and its gradients if asked for, of arrays on the mesh."""
     x_spec, table, vocab, rows = spec("batch seq embed"), spec("vocab_fsdp embed"), spec("vocab"), spec("batch seq")
     bias_spec = None if bias_V is None else vocab
+    frozen_specs = None if frozen is None else (x_spec, table, None if frozen[2] is None else vocab)
     gradient_specs = _Gradients(x_spec, table, bias_spec) if differentiate else None
-    local = functools.partial(_local, vocab_size, objective, differentiate)
+    local = functools.partial(_local, sizes, objective, differentiate)
     return jax.shard_map(
         local,
-        in_specs=(x_spec, table, bias_spec, rows, rows),
+        in_specs=(x_spec, table, bias_spec, frozen_specs, rows, rows),
         out_specs=(PartitionSpec(), gradient_specs),
         check_vma=False,
-    )(x_BTD, weight_VD, bias_V, targets_BT, weights_BT)
+    )(x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT)
 
 
-def _local(vocab_size, objective, differentiate, x_bTD, weight_shard, bias_v, targets_bT, weights_bT):
+def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen, targets_bT, weights_bT):
     """What one device does: chunks of its tokens against its slice of the vocabulary."""
     w_vD, ids_v = _vocabulary(weight_shard, x_bTD.dtype)
-    chunk = functools.partial(_chunk, vocab_size, objective.z_loss, differentiate, w_vD, bias_v, ids_v)
-    xs = tuple(_split(a, objective.chunk_tokens) for a in (x_bTD, targets_bT, weights_bT))
+    taught, rest = None, None
+    if frozen is not None:
+        rest, shard, bias = frozen
+        taught = functools.partial(_logits, sizes[1], _vocabulary(shard, rest.dtype)[0], bias, ids_v)
+    own = functools.partial(_logits, sizes[0], w_vD, bias_v, ids_v)
+    chunk = functools.partial(_chunk, objective, differentiate, w_vD, ids_v, own, taught)
+    xs = jax.tree.map(lambda a: _split(a, objective.chunk_tokens), (x_bTD, rest, targets_bT, weights_bT))
     zeros = _Totals(
         loss=jnp.zeros((), jnp.float32),
         weight_vD=jnp.zeros(w_vD.shape, jnp.float32) if differentiate else None,
         bias_v=jnp.zeros(bias_v.shape, jnp.float32) if differentiate and bias_v is not None else None,
     )
     if xs[0].shape[0] == 1:
-        totals, dx = chunk(zeros, tuple(a[0] for a in xs))
+        totals, dx = chunk(zeros, jax.tree.map(lambda a: a[0], xs))
         dx = None if dx is None else dx[None]
     else:
         totals, dx = jax.lax.scan(chunk, zeros, xs)
@@ -192,22 +310,15 @@ def _split(a_bT: jax.Array, chunk_tokens: int) -> jax.Array:
     return jnp.moveaxis(padded.reshape(b, chunks, c, *a_bT.shape[2:]), 1, 0)
 
 
-def _chunk(vocab_size, z_loss, differentiate, w_vD, bias_v, ids_v, totals, xs):
+def _chunk(objective, differentiate, w_vD, ids_v, own, taught, totals, xs):
     """Adds one chunk's loss (and gradients) to the totals; gives the gradient of its hidden states."""
-    x_bcD, targets_bc, weights_bc = xs
-    logits = _logits(vocab_size, w_vD, bias_v, ids_v, x_bcD)
-    top = jax.lax.pmax(logits.max(-1), "tensor")
-    exp = jnp.exp(logits - top[..., None])
-    normaliser = jax.lax.psum(exp.sum(-1), "tensor")
-    logsumexp = jnp.log(normaliser) + top
+    x_bcD, x_bcE, targets_bc, weights_bc = xs
     hit = ids_v[None, None] == targets_bc[..., None]
-    gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
-    loss = totals.loss + jnp.sum(weights_bc * (logsumexp - gold + z_loss * jnp.square(logsumexp)))
+    score, g = objective.score(own(x_bcD), hit, weights_bc, None if taught is None else taught(x_bcE))
+    loss = totals.loss + score
     if not differentiate:
         return _Totals(loss, None, None), None
-    slope = weights_bc * (1.0 + 2.0 * z_loss * logsumexp) / normaliser
-    g = exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
-    db = None if bias_v is None else totals.bias_v + g.sum((0, 1))
+    db = None if totals.bias_v is None else totals.bias_v + g.sum((0, 1))
     g = g.astype(x_bcD.dtype)
     dw = totals.weight_vD + jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
     dx = jax.lax.psum(jnp.einsum("bcv,vD->bcD", g, w_vD, preferred_element_type=jnp.float32), "tensor")

@@ -12,19 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.axes import spec
-from meshgpt.config import Run
+from meshgpt.config import Objective, Run
+from meshgpt.loss import Loss
 from meshgpt.models import Model
 from meshgpt.optim import learning_rate, resting
 from meshgpt.replicas import digests_every
-from meshgpt.step import (
-    Loss,
-    Metrics,
-    TrainState,
-    from_params,
-    make_eval_step,
-    make_train_step,
-    next_token_loss,
-)
+from meshgpt.step import Metrics, TrainState, from_params, make_eval_step, make_train_step
 from meshgpt.trees import Tree
 
 # step(state, frozen, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics)
@@ -64,7 +57,7 @@ class Program:
             seed = jax.random.key(run.seed)
             dropout = jax.random.fold_in(seed, 1) if drops(run) else None
             rounding = jax.random.fold_in(seed, 2) if run.precision.rounding == "stochastic" else None
-            loss = self._loss(frozen, run.objective.z_loss)
+            loss = self._loss(frozen, run.objective)
             every = run.check_replicas_every
             inspect = (
                 (lambda gradients, step: digests_every(every, jax.tree.leaves(gradients), step)) if every else None
@@ -77,14 +70,15 @@ class Program:
     def eval_step(self) -> EvalStep:
         """The loss that validation reports, without dropout and regularisers; to be jitted."""
 
+        run = self.run
+
         def eval_step(params: Tree, frozen: Tree, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return make_eval_step(self._loss(frozen, 0.0))(params, tokens, weights)
+            return make_eval_step(self._loss(frozen, run.objective.plain))(params, tokens, weights)
 
         return eval_step
 
-    def _loss(self, frozen: Tree, z_loss: float) -> Loss:
-        objective = dataclasses.replace(self.run.objective, z_loss=z_loss)
-        whole = next_token_loss(self.model, objective, self.document_end)
+    def _loss(self, frozen: Tree, objective: Objective) -> Loss:
+        whole = objective.loss(self.model, frozen, self.document_end)
 
         def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[Any, Any]:
             return whole(self.run.trainable.joined(params, frozen, key), tokens, weights, key)
@@ -121,7 +115,7 @@ class Program:
 
     def abstract_frozen(self) -> Tree:
         """The same of what the run reads and never changes."""
-        return self._abstract()[1]
+        return self._abstract()[1] | self.run.objective.abstract_frozen(self.model)
 
     def _abstract(self) -> tuple[TrainState, Tree]:
         return jax.eval_shape(lambda: self.start(self.model.init(jax.random.key(0))))

@@ -10,15 +10,11 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from meshgpt.loss import NextToken, cross_entropy
-from meshgpt.models import Model
+from meshgpt.loss import Loss
 from meshgpt.optim import Optimizer, learning_rate
 from meshgpt.precision import LossScale, Precision, stochastic_round
 from meshgpt.trees import Tree
 
-# loss(params, tokens (M, T + 1), weights (M, T), key) -> (sum over tokens, sum of weights). Sums, never means: adding
-# up microbatches, uneven rows or hosts then cannot change the answer.
-Loss: TypeAlias = Callable[[Tree, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 Metrics: TypeAlias = dict[str, jax.Array]
 
 
@@ -51,17 +47,6 @@ def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision
 
     scale = LossScale.fresh(precision.loss_scaling) if precision.scales_loss else None
     return TrainState(zero(), params, optim.direction().init(params), zero(), zero(), scale)
-
-
-def next_token_loss(model: Model, objective: NextToken, document_end: int | None = None) -> Loss:
-    """The loss of predicting each row's next token; `document_end` as `Decoder.hidden` takes it."""
-
-    def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        decoder = model.bind(params)
-        x_MTD = decoder.hidden(tokens[:, :-1], key, document_end)
-        return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
-
-    return loss
 
 
 def make_train_step(

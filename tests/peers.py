@@ -7,9 +7,8 @@ import tiny
 import torch
 
 from meshgpt.axes import spec
-from meshgpt.loss import NextToken
+from meshgpt.loss import NextToken, next_token_loss
 from meshgpt.models import ModelConfig
-from meshgpt.step import next_token_loss
 from meshgpt.trees import Tree
 
 

@@ -12,9 +12,8 @@ import tiny
 from meshgpt.axes import spec
 from meshgpt.decoder import Shape, single_blocks
 from meshgpt.errors import UserError
-from meshgpt.loss import NextToken
+from meshgpt.loss import NextToken, next_token_loss
 from meshgpt.models import ModelConfig
-from meshgpt.step import next_token_loss
 
 F32 = jnp.float32
 

@@ -15,10 +15,10 @@ from meshgpt.errors import UserError
 from meshgpt.gpt2 import GPT2Config
 from meshgpt.gptj import GPTJConfig
 from meshgpt.hf.moments import Moments
-from meshgpt.loss import NextToken
+from meshgpt.loss import NextToken, next_token_loss
 from meshgpt.models import Model
 from meshgpt.optim import AdamW, AdamW8bit, Lion
-from meshgpt.step import from_params, make_eval_step, make_train_step, next_token_loss
+from meshgpt.step import from_params, make_eval_step, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import tiny
 from meshgpt import host_memory, tree_io
 from meshgpt.errors import UserError
 from meshgpt.layers import Execution
-from meshgpt.loss import NextToken
+from meshgpt.loss import NextToken, next_token_loss
 from meshgpt.optim import AdamW, AdamW8bit, Constant, Optimizer, resting
-from meshgpt.step import TrainState, from_params, make_train_step, next_token_loss
+from meshgpt.step import TrainState, from_params, make_train_step
 
 
 def kinds(tree: Any) -> set[str]:
