@@ -275,6 +275,19 @@ def _refuse(key: str, message: str) -> None:
     time.sleep(2)  # the store ends with this process, and the others have to hear it first
 
 
+def told(name: str, text: str, seconds: float = 1.0) -> dict[int, str]:
+    """On process 0, what each process says under a new name, but for those later than `seconds`; {} elsewhere."""
+    key, store = f"meshgpt/told/{name}/", _store()
+    store.key_value_set(f"{key}{_number_here()}", text)
+    if _number_here():
+        return {}
+    until = time.monotonic() + seconds
+    while len(found := store.key_value_dir_get(key)) < _state().num_processes and time.monotonic() < until:
+        time.sleep(0.002)
+    store.key_value_delete(key)
+    return {int(path.rpartition("/")[2]): said for path, said in found}
+
+
 def check_shared(file: Path) -> None:
     """Raises UserError on all processes where one of them does not see `file` as process 0 wrote it."""
     if not several():

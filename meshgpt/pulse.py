@@ -1,7 +1,7 @@
 """A process's signs of life for the supervisor that started it (`supervisor`), and the time that made progress.
 
 The supervisor tells a process by MESHGPT_LAUNCH (JSON) where to write them and what was before. Without it nothing is
-written, and every method costs nothing.
+written.
 """
 
 import contextlib
@@ -150,6 +150,7 @@ class Pulse:
         self._lives = [] if told is None else [Life(**life) for life in told["lives"]]
         self._sign = Sign()
         self._spent, self._timed = 0.0, 0
+        self._waited, self._asked = 0.0, (0.0, 0, 0.0)  # spent, timed and waited when `own_seconds` was last called
         self._begun: float | None = None  # when the step under way began, as far as it is known
         if told is not None:
             _end_with(told["supervisor"])
@@ -165,7 +166,7 @@ class Pulse:
             self._spent, self._timed = self._spent + now - self._begun, self._timed + step - self._sign.last
         self._begun = now
         if self._timed:
-            self._write(last=step, step_seconds=self._spent / self._timed, doing=STEPPING)
+            self._write(last=step, step_seconds=self.step_seconds, doing=STEPPING)
         else:
             self._write(last=step)
 
@@ -179,6 +180,25 @@ class Pulse:
             self._begun += time.monotonic() - begun
         self._write(doing=before)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for the devices, in a step."""
+        begun = time.monotonic()
+        yield
+        if self._begun is not None:
+            self._waited += time.monotonic() - begun
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, in the mean; 0 while none was timed."""
+        return self._spent / self._timed if self._timed else 0.0
+
+    def own_seconds(self) -> float:
+        """Of a step, since the last call: what this process did not spend in `waiting`; 0 where none was timed."""
+        spent, timed, waited = self._asked
+        self._asked = self._spent, self._timed, self._waited
+        return max(0.0, self._spent - spent - self._waited + waited) / max(1, self._timed - timed)
+
     def metrics(self) -> dict[str, float]:
         """Of a supervised run: `restarts`, and `goodput`, the part of the time since the launch that made progress."""
         if self._path is None:
@@ -186,9 +206,9 @@ class Pulse:
         return {"restarts": len(self._lives), "goodput": goodput([*self._lives, self._sign], self._since)}
 
     def _write(self, **changed: int | float | str) -> None:
+        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, **changed)  # type: ignore[arg-type]
         if self._path is None:
             return
-        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, **changed)  # type: ignore[arg-type]
         scratch = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk for temporary files is no reason to stop training
             scratch.write_text(json.dumps(dataclasses.asdict(self._sign)), encoding="ascii")

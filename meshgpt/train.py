@@ -26,6 +26,7 @@ from meshgpt.feed import Feed
 from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
+from meshgpt.pace import Pace
 from meshgpt.program import Program, TrainStep
 from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.replicas import ReplicaCheck
@@ -137,7 +138,9 @@ def run_steps(
     with stop_requests() as stop, figures.open():
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
-            state, metrics = loop.train_step(state, loop.frozen, feed.place(tokens), weights)
+            batch = feed.place(tokens)
+            with pulse.waiting():
+                state, metrics = loop.train_step(state, loop.frozen, batch, weights)
             figures.add(step, metrics)
             if loop.validation.due(step):
                 with figures.evaluating(step) as log:
@@ -190,6 +193,7 @@ class Figures:
         }
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
+        self._pace = Pace(pulse, lambda text: self._tracker.message(text))
         self.diverged = ""  # why the run must stop
 
     @contextmanager
@@ -208,6 +212,8 @@ class Figures:
     def add(self, step: int, metrics: Metrics) -> None:
         self.flush()
         self._pending = step, metrics
+        if self._pace.several and self._logs(step):
+            self.flush()  # with nothing under way, for the comparison of the processes
 
     @contextmanager
     def evaluating(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -223,17 +229,20 @@ class Figures:
             return
         step, metrics = self._pending
         self._pending = None
-        fetched = jax.device_get(metrics)
+        with self._pulse.waiting():
+            fetched = jax.device_get(metrics)
         self._pulse.beat(step)
         self._replicas.compare_gradients(step, fetched.pop("inspected", None))
         values: dict[str, Any] = {name: float(value) for name, value in fetched.items()}
         self.diverged = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
         values["skipped_steps"] = int(values["skipped_steps"])
+        if self._logs(step):
+            values |= {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
+            self._tracker.log(step, values | self._pace.metrics(step))
+
+    def _logs(self, step: int) -> bool:
         run = self._run
-        if step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps):
-            self._tracker.log(
-                step, values | {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
-            )
+        return step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps)
 
     def _speed(self, step: int) -> dict[str, float]:
         """Since the last logged step; the first of a run counts its compilation."""
