@@ -24,7 +24,7 @@ _CLEAN = (0, 130)  # of a process that was asked to stop: saved, or nothing to s
 _ROOT_CAUSE_SECONDS = 0.5  # the others of a process that died follow within so long
 _LONGEST_PAUSE = 60.0
 _TAIL_LINES = 3
-_NOISE = "[Gloo]"  # what each process says of its peers at every start
+_NOISE = ("[Gloo]", "@ ", "***")  # of the peers at every start; of a stack that a signal interrupted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,7 @@ class Supervisor:
         self._fewer, self._look, self._quiet = fewer, look, quiet
         self._stopping = 0.0  # when it was asked to stop
         self._impatient = False  # ... twice
+        self._log_sizes: dict[int, int] = {}  # when this life began
         self.lives: list[Life] = []
         self.since = time.time()
 
@@ -149,6 +150,7 @@ class Supervisor:
                 own = pulse.orders(path, self.since, self.lives)
                 own |= {"MESHGPT_PROCESS_ID": str(number)} if count > 1 else {}
                 with open(self._log(number), "ab") as log:
+                    self._log_sizes[number] = log.tell()
                     output = log if number or self._quiet else None
                     # A session of its own: Ctrl-C in the terminal is for the supervisor, which passes it on.
                     running.append(
@@ -222,9 +224,11 @@ class Supervisor:
     def _tail(self, number: int) -> str:
         if number == 0 and not self._quiet:
             return ""
-        lines = self._log(number).read_text(errors="replace").splitlines()
-        lines = [line for line in lines if not line.startswith(_NOISE)][-_TAIL_LINES:]
-        return f" ({self._log(number)} ends: {' / '.join(line.strip() for line in lines)})" if lines else ""
+        with open(self._log(number), errors="replace") as log:
+            log.seek(self._log_sizes[number])  # what an earlier life wrote is not the reason
+            lines = [line.strip() for line in log]
+        lines = [line for line in lines if line and not line.startswith(_NOISE)][-_TAIL_LINES:]
+        return f" ({self._log(number)} ends: {' / '.join(lines)})" if lines else ""
 
     def _record(self, reason: str) -> None:
         life = self.lives[-1]
