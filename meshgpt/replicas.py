@@ -77,9 +77,9 @@ class ReplicaCheck:
         self._gradients = _Copies.of(leaves_with_names(state["params"]), mesh)
         self._digests = jax.jit(digests)
 
-    def due(self, step: int, saves: bool) -> bool:
-        """Whether the state after `step` is to be compared."""
-        return bool(self.every) and (saves or step % self.every == 0)
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be compared, saved or not."""
+        return bool(self.every) and step % self.every == 0
 
     def compare(self, step: int, state: Tree) -> None:
         """Compares the copies of `state` after `step`.

@@ -146,8 +146,8 @@ def run_steps(
                 with figures.evaluating(step) as log:
                     log(loop.validation.figures(step, state.params, loop.frozen))
             saves = step % run.checkpointing.every == 0 and step < run.steps
-            if replicas.due(step, saves):
-                figures.flush()
+            if saves or replicas.due(step):
+                figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
                 replicas.compare(step, state.items())
             if saves:
                 with pulse.busy(SAVING):

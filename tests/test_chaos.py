@@ -14,12 +14,13 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 from runs import Here, Workshop
 
-from meshgpt import digests
+from meshgpt import digests, train
 from meshgpt.chaos import faults, proof
 from meshgpt.chaos.disk import Disk, small_disk
 from meshgpt.chaos.faults import Fault, Injector, Kind, plan
@@ -251,6 +252,25 @@ def test_mistakes_are_told(workshop: Workshop, here: Here, tmp_path: Path, flags
 
 def test_a_folder_that_holds_something_is_refused(workshop: Workshop, here: Here, tmp_path: Path):
     here.cli("chaos", workshop.recipe(tmp_path), "--out", tmp_path).refused("is there already")
+
+
+def test_a_run_killed_right_after_a_save_has_all_its_metrics(
+    workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What `meshgpt chaos` found: the figures of a step were written after its checkpoint, and by nobody then."""
+    save = train.Checkpointer.save
+
+    def killed(checkpoints: train.Checkpointer, *arguments: Any) -> None:
+        save(checkpoints, *arguments)
+        checkpoints.wait()
+        raise KeyboardInterrupt
+
+    flags = (workshop.recipe(tmp_path), "--run-dir", tmp_path / "run", "--steps", 8, "--export", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpointer, "save", killed)
+        assert here.train(*flags).code == 130
+    assert "resuming from step 5" in here.train(*flags).out
+    assert [row["step"] for row in runs.rows(tmp_path / "run")] == list(range(1, 9))
 
 
 @pytest.mark.slow
