@@ -2,18 +2,18 @@
 
 import json
 import logging
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import eval_peers
-import jax
 import pytest
 import tiny
 from eval_peers import GPT2, GPTJ, silent
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
@@ -66,7 +66,12 @@ def figures(results: Results) -> dict[tuple[str, str], float]:
     ("family", "mesh", "shots"), [("gpt2", (2, 2, 2), None), ("gptj", (1, 4, 2), 1)], ids=["gpt2", "gptj"]
 )
 def test_figures_are_those_of_the_hf_backend(
-    local: TaskManager, folders: dict[str, Path], family: str, mesh: tuple[int, int, int], shots: int | None
+    local: TaskManager,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    mesh: tuple[int, int, int],
+    shots: int | None,
 ) -> None:
     """Identical accuracies and perplexities to 1e-4; and the same figures without the harness."""
     with eval_peers.opened(folders[family], tiny.mesh(*mesh)) as (scorer, trained):
@@ -79,8 +84,9 @@ def test_figures_are_those_of_the_hf_backend(
             scorer, trained.tokenizer, [wikitext_detokenizer(page) for page in pages], silent,
             counted=[page["page"] for page in pages],
         )  # fmt: skip
-    reference = evaluate(
-        lm=hf_backend(folders[family]), task_dict=harness.load(local, NAMES, shots), bootstrap_iters=0,
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)  # it asks pip and the machine, for seconds
+    reference = evaluator.simple_evaluate(
+        hf_backend(folders[family]), tasks=NAMES, num_fewshot=shots, task_manager=local, bootstrap_iters=0,
         log_samples=False,
     )  # fmt: skip
     ours, theirs = figures(found), figures(reference)
@@ -210,25 +216,29 @@ def test_a_local_task_that_is_not_right_is_named(tmp_path: Path) -> None:
         harness.load(tasks, ["gone"])
 
 
-def test_what_the_harness_refuses_is_said_in_its_words(tmp_path: Path, folders: dict[str, Path]) -> None:
-    eval_peers.local_task(
-        tmp_path, "unsafe", "sciq/sciq.yaml", "validation", eval_peers.sciq_rows(2), unsafe_code=True
-    )  # fmt: skip
+def test_a_task_that_runs_what_the_model_wrote_is_refused(tmp_path: Path) -> None:
+    rows = eval_peers.sciq_rows(2)
+    eval_peers.local_task(tmp_path, "unsafe", "sciq/sciq.yaml", "validation", rows, unsafe_code=True)
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    with (
-        eval_peers.opened(folders["gpt2"], tiny.mesh()) as (scorer, trained),
-        pytest.raises(UserError, match="task: unsafe which is marked as unsafe"),
-    ):
-        harness.run(scorer, trained.tokenizer, harness.load(tasks, ["unsafe"]), silent)
+    with pytest.raises(UserError, match="--tasks unsafe: this task runs code that the model wrote"):
+        harness.load(tasks, ["unsafe"])
 
 
-def test_a_limit_takes_the_first_questions_and_the_results_are_json(
+def test_a_limit_takes_the_first_questions_and_every_time_the_same_shots(
     local: TaskManager, folders: dict[str, Path]
 ) -> None:
+    drawn = random.random()
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
     with eval_peers.opened(folders["gpt2"], tiny.mesh()) as (scorer, trained):
-        found = harness.run(scorer, trained.tokenizer, harness.load(local, ["local_sciq"]), silent, limit=6)
+        loaded = harness.load(local, ["local_sciq"], 2)
+        found, again = (harness.run(scorer, trained.tokenizer, loaded, silent, limit=6) for _ in range(2))
+        other = harness.run(scorer, trained.tokenizer, harness.load(local, ["local_sciq"]), silent, limit=6)
+    assert random.random() == expected != drawn, "the state of Python's generator is put back"
     assert found["n-samples"]["local_sciq"] == {"original": 24, "effective": 6}
     assert (found["config"]["model"], found["config"]["limit"]) == ("meshgpt", 6)
+    assert found["results"] == again["results"]
+    assert found["results"] != other["results"]
     assert json.dumps(found, default=str)
     assert logging.getLogger("lm_eval").level == logging.ERROR
-    assert jax.sharding.get_abstract_mesh().empty

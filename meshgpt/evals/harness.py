@@ -88,18 +88,21 @@ def load(tasks: "TaskManager", names: Sequence[str], num_fewshot: int | None = N
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         try:
-            one = tasks.load([name])
+            with _repeatable():  # some tasks shuffle answers as they load
+                one = tasks.load([name])
         except _LOAD_ERRORS as error:
             raise UserError(_missing(tasks, name, error)) from error
         for part in loaded:
             loaded[part] |= one.get(part, {})
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        for flag, said in (("UNSAFE_CODE", "runs code that the model wrote"), ("MULTIMODAL", "shows more than text")):
+            if getattr(task, flag, False):
+                raise UserError(f"--tasks {name}: this task {said}, which meshgpt does not do; leave it out")
         fixed = task.get_config("num_fewshot")
         if num_fewshot is not None and fixed != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif fixed is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SHOTS_SEED)
     return loaded
 
 
@@ -119,19 +122,16 @@ def run(
       max_gen_toks: most tokens of a generated answer; 0 is as many as the task says.
 
     Raises:
-      UserError: a task that cannot be run with this model; says why.
+      UserError: a question or a way of generating that this model cannot do; says why.
     """
     from lm_eval.evaluator import evaluate
 
     begun = time.time()
-    random.seed(_SEED)
-    np.random.seed(_SHOTS_SEED)
+    for task in loaded["tasks"].values():  # each time: the sampler goes on from where it was
+        task.set_fewshot_seed(seed=_SHOTS_SEED)
     lm = harness_lm(Answers(scorer, tokenizer, report, max_gen_toks))
-    with _one_process():
-        try:
-            found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
-        except ValueError as error:  # the harness's own refusals: unsafe code, several modalities
-            raise UserError(f"--tasks {','.join(loaded['tasks'])}: {error}") from error
+    with _repeatable():
+        found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
     assert found is not None
     return {
         **found,
@@ -191,13 +191,20 @@ def _missing(tasks: "TaskManager", name: str, error: Exception) -> str:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
-    """The harness bootstraps in forked processes, which a process with JAX's threads must not be forked into."""
-    before = os.environ.get("DISABLE_MULTIPROC")
+def _repeatable() -> Iterator[None]:
+    """Seeds what tasks draw from, as the harness's command does, and puts back what was there.
+
+    The harness bootstraps in forked processes, which a process with JAX's threads must not be forked into: not here.
+    """
+    states, before = (random.getstate(), np.random.get_state()), os.environ.get("DISABLE_MULTIPROC")
+    random.seed(_SEED)
+    np.random.seed(_SHOTS_SEED)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         yield
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         if before is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:
