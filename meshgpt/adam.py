@@ -5,17 +5,28 @@ gradient's place: what is in float32 at a time is a chunk, never a whole state.
 """
 
 import dataclasses
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from meshgpt import host_memory
 from meshgpt.formats import Format, Layout, Packed, Part, Plain, over_parts
 from meshgpt.trees import Tree, map_with_names, unzip
 
 Moments: TypeAlias = tuple[Any, Any]
+
+
+class AdamState(NamedTuple):
+    """mu and nu: trees like the parameters, the first and second moments. count and nu_count: updates that they have
+    seen, fewer where an optimizer without them came before."""
+
+    count: jax.Array
+    mu: Tree
+    nu: Tree
+    nu_count: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +41,34 @@ class Adam:
     eps: float
     first: Format
     second: Format
+    paged: bool = False  # the moments rest in the host's memory, and come to the device one parameter at a time
 
     def transformation(self) -> optax.GradientTransformationExtraArgs:
-        """Its state is optax's, with `Blocked` and `Rank1` among the moments' leaves.
+        """Its state has `Blocked` and `Rank1` among the moments' leaves.
 
         `update` takes `finite`, a scalar: where it is False the state stays as it was.
         """
         return optax.GradientTransformationExtraArgs(self.init, cast(Any, self.update))
 
-    def init(self, params: Tree) -> optax.ScaleByAdamState:
+    def init(self, params: Tree) -> AdamState:
         def zeros(kept: Format) -> Tree:
-            return map_with_names(lambda name, leaf: zero_moment(kept, name, leaf), params)
+            moments = map_with_names(lambda name, leaf: zero_moment(kept, name, leaf), params)
+            return host_memory.to_host(moments) if self.paged else moments
 
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(self.first), zeros(self.second))
+        return AdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=zeros(self.first),
+            nu=zeros(self.second),
+            nu_count=jnp.zeros((), jnp.int32),
+        )
 
     def update(
-        self, updates: Tree, state: optax.ScaleByAdamState, params: Tree | None = None, *, finite: jax.Array
-    ) -> tuple[Tree, optax.ScaleByAdamState]:
+        self, updates: Tree, state: AdamState, params: Tree | None = None, *, finite: jax.Array
+    ) -> tuple[Tree, AdamState]:
         del params
-        count = jnp.asarray(state.count) + 1
-        t = count.astype(jnp.float32)
-        corrections = 1 - jnp.float32(self.b1) ** t, 1 - jnp.float32(self.b2) ** t
+        counts = state.count + 1, state.nu_count + 1
+        first, second = (count.astype(jnp.float32) for count in counts)
+        corrections = 1 - jnp.float32(self.b1) ** first, 1 - jnp.float32(self.b2) ** second
 
         def one(name: str, g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
             layout = packed_layout(self.first, name, g)
@@ -58,9 +76,21 @@ class Adam:
                 return self._whole(g, mu, nu, corrections, finite)
             return self._on_mesh(layout, g, mu, nu, corrections, finite)
 
-        rows = map_with_names(one, updates, state.mu, state.nu)
+        last: list[jax.Array] = []
+
+        def in_turn(name: str, g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
+            # Without the barrier XLA would fetch all moments at once, and the first ones while activations are there.
+            g, mu, nu, *last[:] = jax.lax.optimization_barrier((g, mu, nu, *last))
+            new, mu, nu = one(name, g, host_memory.to_device(mu), host_memory.to_device(nu))
+            last[:] = [new]
+            return new, host_memory.to_host(mu), host_memory.to_host(nu)
+
+        if self.paged:
+            updates = jax.lax.optimization_barrier(updates)
+        rows = map_with_names(in_turn if self.paged else one, updates, state.mu, state.nu)
         new, mu, nu = unzip(updates, rows, 3)
-        return new, optax.ScaleByAdamState(jnp.where(finite, count, state.count), mu, nu)
+        count, nu_count = (jnp.where(finite, a, b) for a, b in zip(counts, (state.count, state.nu_count), strict=True))
+        return new, AdamState(count, mu, nu, nu_count)
 
     def _whole(self, g: jax.Array, mu: jax.Array, nu: jax.Array, corrections: Moments, finite: jax.Array) -> Any:
         m, v = self._moments(*(x.astype(jnp.float32) for x in (g, mu, nu)))

@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies as jax_topologies
@@ -18,41 +19,33 @@ from meshgpt import hlo, runtime, scaling
 from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.config import Run
 from meshgpt.errors import UserError
+from meshgpt.footprint import Footprint, measure
 from meshgpt.models import check_divisibility
 from meshgpt.program import Program
-from meshgpt.step import TrainState
-from meshgpt.topologies import GENERATIONS, GPUS, Topology
+from meshgpt.topologies import GENERATIONS, GPUS, Gpu, Topology
 from meshgpt.trees import leaves_with_names
 
 # What the estimate of time assumes.
 EFFICIENCY = 0.6  # of the peak, in matrix multiplications and all that goes with them
 # Of a forward pass, in the backward pass.
 RECOMPUTED = {"none": 0.0, "dots": 0.0, "named": 0.1, "offload": 0.1, "full": 1.0}
-MARGIN = 0.05  # of the memory, below which XLA begins to recompute in silence
 
+# XLA's description of a GPU: its stream_executor.GpuTargetConfigProto, as text.
 _GPU_TARGET = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+shared_memory_per_core: {shared} threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {units}
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {traffic}
-l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 9 }}
-device_description_str: "{kind}" """
-_GPU_KINDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one device. arguments: parameters, optimizer and batch, as they rest. peak: the most at any time."""
-
-    parameters: int
-    optimizer: int
-    arguments: int
-    peak: int
-    limit: int
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= (1 - MARGIN) * self.limit
+l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {most}
+cuda_compute_capability {{ major: {major} minor: {minor} }} registers_per_core_limit: 65536
+registers_per_block_limit: 65536 }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }} device_description_str: "{kind}" """
+# By compute capability, of a multiprocessor: bytes of shared memory, threads, units for float32 (CUDA programming
+# guide, technical specifications). A block may have all of the shared memory but 1 KiB.
+_MULTIPROCESSORS = {
+    (8, 0): (164 << 10, 2048, 64),
+    (8, 6): (100 << 10, 1536, 128),
+    (8, 9): (100 << 10, 1536, 128),
+    (9, 0): (228 << 10, 2048, 128),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,7 @@ class Proof:
     run: Run
     topology: Topology
     mesh: MeshShape
-    memory: Memory
+    memory: Footprint
     collectives: tuple[hlo.Collective, ...]
     kernel: str
     flops_per_token: int
@@ -96,11 +89,27 @@ class Proof:
 
 
 class TooLargeError(UserError):
-    """The compiler found no room."""
+    """The compiler found no room. needed: bytes of a device, where the compiler named them."""
+
+    def __init__(self, message: str, needed: float | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
+class Compiled(NamedTuple):
+    """A train step compiled for devices that are elsewhere. run: with what the devices decide filled in."""
+
+    run: Run
+    program: Program
+    mesh: jax.sharding.Mesh
+    step: jax.stages.Compiled
+    memory: Footprint
 
 
 def quiet_compiler() -> None:
     """What libtpu must be told before it is loaded: that there is no TPU here, and to keep its log to itself."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # 1 is JAX's own; the compiler's advice is not a user's
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     runtime.quiet_libtpu()
@@ -115,18 +124,16 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """
     try:
         if not topology.is_tpu:
-            gpu = GPUS[topology.generation]
-            target = _GPU_TARGET.format(
-                traffic=gpu.traffic, memory=gpu.memory, kind=_GPU_KINDS[topology.generation]
-            ).replace("\n", " ")
-            shape = f"1x1x{topology.chip_count}"
+            shape, target = f"1x1x{topology.chip_count}", _gpu_target(GPUS[topology.generation])
             return jax_topologies.get_topology_desc("", "cuda", target_config=target, topology=shape).devices
         kind = GENERATIONS[topology.generation]
         name = f"{topology.generation}:{'x'.join(map(str, topology.chips))}"
         several = {"num_slices": topology.slices} if topology.slices > 1 else {}
         three = (*topology.wrap, False)[:3]  # a slice of two axes has a third of length 1
         wrap = {"wrap": three} if any(three) else {}
-        return jax_topologies.get_topology_desc(name, "tpu", **wrap, **several, **dict(kind.options)).devices
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.chips) == 1 else {}
+        options = {**wrap, **several, **alone, **dict(kind.options)}
+        return jax_topologies.get_topology_desc(name, "tpu", **options).devices
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         extra = "tpu" if topology.is_tpu else "cuda12"
         raise UserError(
@@ -135,22 +142,32 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
         ) from error
 
 
+def _gpu_target(gpu: Gpu) -> str:
+    shared, threads, units = _MULTIPROCESSORS[gpu.capability]
+    major, minor = gpu.capability
+    text = _GPU_TARGET.format(
+        shared=shared, most=shared - 1024, threads=threads, units=units, major=major, minor=minor,
+        **dataclasses.asdict(gpu),
+    )  # fmt: skip
+    return text.replace("\n", " ")
+
+
 def peak(topology: Topology) -> float:
     """FLOP/s of one device in 16 bits."""
-    kinds = {"v2": "TPU v2", "v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}
-    found = scaling.peak_flops((kinds | _GPU_KINDS)[topology.generation])
+    kind = f"TPU {topology.generation}" if topology.is_tpu else GPUS[topology.generation].kind
+    found = scaling.peak_flops(kind)
     assert found is not None
     return found
 
 
-def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
+def compile_for(run: Run, topology: Topology, *, hbm: int | None = None) -> Compiled:
     """Compiles the train step of `run` for `topology`.
 
     Args:
-      hbm: bytes of a device, instead of what the topology's has (TPU only): a smaller chip simulated.
+      hbm: bytes of a device, instead of what the topology's has: a smaller one simulated.
 
     Raises:
-      TooLargeError: it does not fit, by how much.
+      TooLargeError: the TPU's compiler found no room (the GPU's compiles all the same: look at the memory).
       UserError: the mesh does not match the devices, or the model the mesh.
     """
     devices = devices_of(topology)
@@ -161,50 +178,41 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
     mesh = make_mesh(shape, devices)
     with jax.set_mesh(mesh):
         program = Program(run=run, document_end=0 if run.data.mask_documents else None)
-        state, lowered = program.abstract(), program.lower()
-    try:
-        compiled = lowered.compile(compiler_options=_options(hbm))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TooLargeError(_shortfall(str(error), topology, limit)) from error
+        try:
+            compiled = program.lower().compile(compiler_options=_options(hbm if topology.is_tpu else None))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = _needed(str(error))
+            raise TooLargeError(_too_large(topology, needed, limit), needed) from error
+        return Compiled(run, program, mesh, compiled, measure(program, compiled, limit))
+
+
+def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
+    """Compiles the train step of `run` for `topology`; arguments as in `compile_for`.
+
+    Raises:
+      TooLargeError: it does not fit, by how much.
+      UserError: the mesh does not match the devices, or the model the mesh.
+    """
+    run, program, mesh, compiled, memory = compile_for(run, topology, hbm=hbm)
     text = compiled.as_text() or ""
-    found = tuple(hlo.collectives(text, {axis: getattr(shape, axis) for axis in mesh.axis_names}))
-    memory = _memory(compiled, state, limit)
-    shapes = {name: leaf.shape for name, leaf in leaves_with_names(state.params)}
+    found = tuple(hlo.collectives(text, {axis: getattr(run.mesh, axis) for axis in mesh.axis_names}))
+    with jax.set_mesh(mesh):
+        shapes = {name: leaf.shape for name, leaf in leaves_with_names(program.abstract().params)}
     flops = scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
     proof = Proof(
-        run=run, topology=topology, mesh=shape, memory=memory, collectives=found, kernel=_kernel(text),
+        run=run, topology=topology, mesh=run.mesh, memory=memory, collectives=found, kernel=_kernel(text),
         flops_per_token=flops, estimate=_estimate(run, topology, flops, found),
     )  # fmt: skip
-    if not topology.is_tpu and not memory.fits:  # XLA for GPUs compiles what does not fit, too
-        raise TooLargeError(_too_large(topology, memory.peak, limit))
+    if not topology.is_tpu and not memory.fits:
+        assert memory.limit is not None
+        raise TooLargeError(_too_large(topology, memory.peak, memory.limit), memory.peak)
     return proof
 
 
 def _options(hbm: int | None) -> dict[str, str | bool] | None:
     return None if hbm is None else {"xla_tpu_max_hbm_size_mib": str(hbm >> 20)}
-
-
-def shard_bytes(tree: object) -> int:
-    """Bytes of a tree of arrays (or their shapes) on one device."""
-
-    def part(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-
-    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _memory(compiled: jax.stages.Compiled, state: TrainState, limit: int) -> Memory:
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return Memory(
-        parameters=shard_bytes(state.params),
-        optimizer=shard_bytes(state.opt_state),
-        arguments=analysis.argument_size_in_bytes,
-        peak=analysis.peak_memory_in_bytes,
-        limit=limit,
-    )
 
 
 def _kernel(text: str) -> str:
@@ -231,17 +239,19 @@ def bandwidth(topology: Topology, across: bool) -> float:
     return kind.network if across else kind.link * (2 if any(topology.wrap) else 1)
 
 
-def _too_large(topology: Topology, needed: float, limit: float) -> str:
+def _too_large(topology: Topology, needed: float | None, limit: float) -> str:
+    if needed is None:
+        return f"it does not fit on a device of {topology.name}, which has {limit / 2**30:.2f} GiB"
     return (
         f"it does not fit: at least {needed / 2**30:.2f} GiB on a device of {topology.name}, which has "
         f"{limit / 2**30:.2f}: {(needed - limit) / 2**30:.2f} GiB too much"
     )
 
 
-def _shortfall(message: str, topology: Topology, limit: int) -> str:
-    # The wording is the compiler's and changes; where it names no figure, only the fact is told.
+def _needed(message: str) -> float | None:
+    """The bytes in the compiler's message, whose wording changes; None where it names none."""
     stated = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
     if stated is None:
-        return f"it does not fit on a device of {topology.name}, which has {limit / 2**30:.2f} GiB"
+        return None
     number, unit = stated[1] or stated[3], stated[2] or stated[4]
-    return _too_large(topology, float(number) * 2 ** (10 * "KMGT".index(unit) + 10), limit)
+    return float(number) * 2 ** (10 * "KMGT".index(unit) + 10)

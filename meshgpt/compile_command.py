@@ -16,6 +16,7 @@ from meshgpt.aot import Proof, TooLargeError
 from meshgpt.axes import MeshShape
 from meshgpt.config import Run
 from meshgpt.errors import UserError
+from meshgpt.footprint import MARGIN
 from meshgpt.models import check_divisibility
 from meshgpt.topologies import Topology
 
@@ -23,7 +24,7 @@ _GIB = 1 << 30
 _USAGE = """usage: meshgpt compile RECIPE --topology NAME [--fix] [--tries N] [--effort low|full] [--json] [flags]
 
 NAME: v2-8 to v3-2048, v4-512, v5e-256, v5p-128, v6e-256 as they are rented, v3:8x16 by chips, 2xv5e-256 for two
-slices, h100x8 or h200x8. Flags are those of the recipe. Needs no such device; the compiler is in the extra `tpu` (for
+slices, h100x8, a100x4 or rtx3060. Flags are those of the recipe. Needs no such device; the compiler is in the extra `tpu` (for
 GPUs: cuda12 or cuda13).
 --fix      where it does not fit, or is slow: search mesh, accumulation and remat, and print a ranked table
 --tries N  how many of them to compile (6)
@@ -64,7 +65,7 @@ def compile_recipe(arguments: Sequence[str]) -> None:
         raise TooLargeError(f"{error}. {nearest(run, topology)}") from error
     print(json.dumps(figures(proof)) if asked.json else describe(proof))
     if not proof.memory.fits:
-        raise UserError(f"it fits only just: less than {aot.MARGIN:.0%} is left. {nearest(run, topology)}")
+        raise UserError(f"it fits only just: less than {MARGIN:.0%} is left. {nearest(run, topology)}")
 
 
 def figures(proof: Proof) -> dict[str, Any]:
@@ -85,19 +86,11 @@ def figures(proof: Proof) -> dict[str, Any]:
 def describe(proof: Proof) -> str:
     """A proof for a reader."""
     memory, topology, run = proof.memory, proof.topology, proof.run
-    sizes = {
-        "parameters": memory.parameters,
-        "optimizer": memory.optimizer,
-        "activations and the rest": memory.peak - memory.parameters - memory.optimizer,
-        "peak": memory.peak,
-        "limit": memory.limit,
-    }
     how = f"{run.accumulate} microbatches, remat {run.execution.remat}, attention {proof.kernel}"
     lines = [
         f"{topology.name}: {topology.device_count} devices as {proof.mesh}, {how}",
         "memory of a device (GiB, the compiler's account):",
-        *(f"  {name:<24} {size / _GIB:8.2f}" for name, size in sizes.items()),
-        f"  {'margin':<24} {1 - memory.peak / memory.limit:8.1%}",
+        memory.table(),
         "collectives of a step (by kind and mesh axis; bytes that a device receives):",
         *_traffic(proof),
         f"FLOPs of a token: {proof.flops_per_token:,}",

@@ -63,8 +63,8 @@ class Common(abc.ABC):
     peak_lr, warmup_steps: the learning rate rises linearly from 0 over the warmup, then follows `schedule`.
     clip_norm: gradients are scaled down to this global norm (0: never). weight_decay: decoupled, p -= lr weight_decay p
     (Loshchilov and Hutter 2019), of matrices and embeddings, not of biases and norms.
-    state_memory: where the optimizer's state rests between steps; "pinned_host" pages it to the accelerator tensor by
-    tensor and back, for two transfers of the state a step.
+    state_memory: where the optimizer's state rests between steps; "pinned_host" pages it to the accelerator and back,
+    for two transfers of the state a step: AdamW's parameter by parameter, the others' at once after the gradients.
     """
 
     peak_lr: float = 6e-4
@@ -108,7 +108,12 @@ class AdamW(Common):
                 f"optim.second_moment_dtype=bfloat16 keeps 8 bits, which lose steps of 1 - b2 = {1 - self.b2:.2g}: "
                 "give --optim.b2 0.99 or lower, or keep it in float32"
             )
-        return _adamw(self, Plain(self.moment_dtype), Plain(self.second_moment_dtype))
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Plain(self.moment_dtype), Plain(self.second_moment_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,12 @@ class AdamW8bit(Common):
     eps: float = 1e-8
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
-        return _adamw(self, Blocks(quant.DYNAMIC_8, 256), Blocks(quant.DYNAMIC_8_UNSIGNED, 256))
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Blocks(quant.DYNAMIC_8, 256), Blocks(quant.DYNAMIC_8_UNSIGNED, 256)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +145,12 @@ class AdamW4bit(Common):
     eps: float = 1e-8
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
-        return _adamw(self, Blocks(quant.DYNAMIC_4, 128), RowsAndColumns(quant.LINEAR_4))
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Blocks(quant.DYNAMIC_4, 128), RowsAndColumns(quant.LINEAR_4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,15 +225,19 @@ def learning_rate(optim: Optimizer, total_steps: int) -> optax.Schedule:
     return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps)
 
 
-def _adamw(
-    optim: "AdamW | AdamW8bit | AdamW4bit", first: Format, second: Format
-) -> optax.GradientTransformationExtraArgs:
-    return _with_decay(optim, Adam(optim.b1, optim.b2, optim.eps, first, second).transformation())
+def _adamw(optim: "AdamW | AdamW8bit | AdamW4bit") -> optax.GradientTransformationExtraArgs:
+    paged = optim.state_memory != "device"
+    if paged:
+        _require_host_memory()
+    adam = Adam(optim.b1, optim.b2, optim.eps, *optim.formats, paged)
+    return _decaying(optim, adam.transformation())
 
 
 def _with_decay(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    if optim.state_memory != "device":
-        direction = _paged(direction)
+    return _decaying(optim, direction if optim.state_memory == "device" else _paged(direction))
+
+
+def _decaying(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(
         optax.chain(direction, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     )
@@ -230,15 +249,12 @@ def resting(optim: Common, opt_state: Tree) -> Tree:
 
 
 def _paged(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`inner`, whose state rests in the host's memory.
-
-    Raises:
-      UserError: the devices cannot address it.
-    """
-    remedy = "leave the state on the device, and take an optimizer with less of it (AdamW8bit, AdamW4bit, Adafactor)"
-    host_memory.require("optim.state_memory=pinned_host", remedy)
+    """`inner`, whose state rests in the host's memory and comes to the device whole, when the gradients are there."""
+    _require_host_memory()
 
     def update(updates: Tree, state: Tree, params: Tree | None = None, *, finite: jax.Array) -> tuple[Tree, Tree]:
+        # Without the barrier XLA would fetch as the step begins, and the state would be beside the activations.
+        updates, state = jax.lax.optimization_barrier((updates, state))
         fetched = host_memory.to_device(state)
         updates, new = optax.with_extra_args_support(inner).update(updates, fetched, params, finite=finite)
         return updates, host_memory.to_host(new)
@@ -247,6 +263,11 @@ def _paged(inner: optax.GradientTransformation) -> optax.GradientTransformationE
         return host_memory.to_host(inner.init(params))
 
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))
+
+
+def _require_host_memory() -> None:
+    remedy = "leave the state on the device, and take an optimizer with less of it (AdamW8bit, AdamW4bit, Adafactor)"
+    host_memory.require("optim.state_memory=pinned_host", remedy)
 
 
 def _held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

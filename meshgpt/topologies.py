@@ -1,7 +1,7 @@
 """The slices of Cloud TPU that can be rented, the GPU machines, and what each device can do: data with sources.
 
 Names: `v3-256` as it is rented (the number counts TensorCores up to v4 and on v5p, chips on v5e and v6e), `v3:8x16` by
-its chips, `2xv5e-256` for two slices, `h100x8` for the GPUs of one machine.
+its chips, `2xv5e-256` for two slices, `h100x8` for the GPUs of one machine, `rtx3060` for a single one.
 """
 
 import dataclasses
@@ -74,18 +74,52 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU of a machine of eight: bytes of memory and of memory traffic a second, NVLink bytes a second, one way."""
+    """A GPU of a machine of up to eight.
 
+    kind: as CUDA names it. capability: CUDA's compute capability. cores: multiprocessors, at `clock` GHz.
+    memory: bytes. cache: of the second level, bytes. traffic: bytes of memory a second. link: bytes a second to the
+    other GPUs, one way: NVLink's, else those of 16 lanes of PCIe 4.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    clock: float
     memory: int
+    cache: int
     traffic: int
     link: float
 
 
-# NVIDIA's data sheets of H100 SXM and H200 SXM.
+_MIB = 1 << 20
+
+# NVIDIA's data sheets and architecture papers; the memory of H100 and H200 as CUDA reports it, of the others as sold.
 GPUS = {
-    "h100": Gpu(memory=84_929_347_584, traffic=3_352_320_000_000, link=450e9),
-    "h200": Gpu(memory=150_109_880_320, traffic=4_800_000_000_000, link=450e9),
-}
+    "h100": Gpu(
+        kind="NVIDIA H100 80GB HBM3", capability=(9, 0), cores=132, clock=1.98, memory=84_929_347_584,
+        cache=50 * _MIB, traffic=3_352_320_000_000, link=450e9,
+    ),
+    "h200": Gpu(
+        kind="NVIDIA H200", capability=(9, 0), cores=132, clock=1.98, memory=150_109_880_320,
+        cache=50 * _MIB, traffic=4_800_000_000_000, link=450e9,
+    ),
+    "a100": Gpu(
+        kind="NVIDIA A100-SXM4-80GB", capability=(8, 0), cores=108, clock=1.41, memory=80 * _GIB,
+        cache=40 * _MIB, traffic=2_039_000_000_000, link=300e9,
+    ),
+    "rtx3060": Gpu(
+        kind="NVIDIA GeForce RTX 3060", capability=(8, 6), cores=28, clock=1.78, memory=12 * _GIB,
+        cache=3 * _MIB, traffic=360_000_000_000, link=31.5e9,
+    ),
+    "rtx3090": Gpu(
+        kind="NVIDIA GeForce RTX 3090", capability=(8, 6), cores=82, clock=1.70, memory=24 * _GIB,
+        cache=6 * _MIB, traffic=936_000_000_000, link=31.5e9,
+    ),
+    "rtx4090": Gpu(
+        kind="NVIDIA GeForce RTX 4090", capability=(8, 9), cores=128, clock=2.52, memory=24 * _GIB,
+        cache=72 * _MIB, traffic=1_008_000_000_000, link=31.5e9,
+    ),
+}  # fmt: skip
 GPU_COUNTS = (1, 2, 4, 8)
 
 
@@ -133,9 +167,11 @@ def parse(text: str) -> Topology:
       UserError: a slice that cannot be rented, with the nearest that can.
     """
     name = text.strip().lower()
-    if gpu := re.fullmatch(r"(h\d+)x(\d+)", name):
-        if gpu[1] in GPUS and int(gpu[2]) in GPU_COUNTS:
-            return Topology(name=name, generation=gpu[1], chips=(int(gpu[2]),))
+    gpu = re.fullmatch(r"([a-z]+\d+)(?:x(\d+))?", name)
+    if gpu and gpu[1] in GPUS:
+        count = int(gpu[2] or 1)
+        if count in GPU_COUNTS:
+            return Topology(name=f"{gpu[1]}x{count}", generation=gpu[1], chips=(count,))
         raise _unknown(text)
     parts = re.fullmatch(r"(?:(\d+)x)?(v\d+[ep]?)([-:])([\dx]+)", name)
     if not parts or parts[2] not in GENERATIONS or (parts[1] is not None and int(parts[1]) < 1):
@@ -165,7 +201,7 @@ def _lengths(shape: str) -> tuple[int, ...]:
 
 
 def _unknown(text: str) -> UserError:
-    kind = re.match(r"(?:\d+x(?=v))?(v\d+[ep]?|h\d+)", text.strip().lower())
+    kind = re.match(r"(?:\d+x(?=v))?(v\d+[ep]?|[a-z]+\d+)", text.strip().lower())
     known = [name for name in names() if kind and re.split("[-x]", name)[0] == kind[1]]
     if known:
         asked = int((re.findall(r"\d+", text) or ["0"])[-1])
@@ -174,5 +210,5 @@ def _unknown(text: str) -> UserError:
         near = difflib.get_close_matches(text.lower(), names(), n=4, cutoff=0.3) or ["v3-256", "v5e-256", "h100x8"]
     return UserError(
         f"--topology {text}: no such slice can be rented; the nearest are {', '.join(near)}. "
-        "Names: v3-256, or v3:8x16 by its chips; 2xv5e-256 for two slices; h100x8 for GPUs"
+        "Names: v3-256, or v3:8x16 by its chips; 2xv5e-256 for two slices; h100x8 or rtx3060 for GPUs"
     )

@@ -1,4 +1,4 @@
-"""`meshgpt plan WHAT ...`: what a budget buys, and what one's own runs say of the next one."""
+"""`meshgpt plan WHAT ...`: what a budget buys, what a device holds, and what one's own runs say of the next."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,8 +17,15 @@ def _fit(arguments: Sequence[str]) -> None:
     command(arguments)
 
 
+def _memory(arguments: Sequence[str]) -> None:
+    from meshgpt.plan.memory import command
+
+    command(arguments)
+
+
 PLANS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "budget": (_budget, "--flops|--hours|--tokens: size, tokens, loss, hours and cost by three published laws"),
+    "memory": (_memory, "RECIPE [--topology NAME]: what it takes of a device, and what would make it fit"),
     "fit": (_fit, "RUN...: a law fitted to your runs, and what it predicts of others"),
 }
 
