@@ -36,6 +36,7 @@ from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
 from meshgpt.start import start
 from meshgpt.step import Metrics, TrainState
+from meshgpt.teacher import beside_teacher, record_before, with_teacher
 from meshgpt.tracker import Console, JsonLines, Several
 from meshgpt.trees import Tree, leaves_with_names
 from meshgpt.validation import Validation, open_validation
@@ -48,7 +49,7 @@ def train(run: Run, command: str = "") -> None:
     Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
     """
     folder = RunFolder(Path(run.run_dir))
-    run = adopt(run, folder)
+    run = with_teacher(adopt(run, folder))
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say, pulse = _say if jax.process_index() == 0 else _silent, Pulse()
@@ -61,6 +62,8 @@ def train(run: Run, command: str = "") -> None:
         loop = Loop.build(run, mesh, data, folder)
         with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
             begun = start(loop.program, data, checkpoints, say)
+            fresh = checkpoints.latest() is None
+            begun = beside_teacher(loop.program, tokenizer, begun, fresh=fresh, say=say)
             loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
             state = begun.state
             if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
@@ -68,6 +71,7 @@ def train(run: Run, command: str = "") -> None:
                 tokenizer.save(folder.tokenizer)
                 data.write_ledger(folder.ledger)
             record_origin(run, folder)
+            record_before(loop.program, loop.validation, begun, folder)
             if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
                 say(_finished_already(run, folder, int(state.step)))
                 return

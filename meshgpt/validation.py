@@ -77,10 +77,15 @@ class Validation:
     def _has_others(self) -> bool:
         return bool(self.stores or self.choices or self.tasks)
 
+    def held_out_loss(self, params: Tree, frozen: Tree) -> float:
+        """Nats a token of the run's own held-out text, which it must have."""
+        assert self.held_out is not None
+        return self._loss(self.held_out, params, frozen)
+
     def _own(self, params: Tree, frozen: Tree) -> dict[str, float]:
         """Of the run's own held-out text."""
         assert self.held_out is not None
-        loss = self._loss(self.held_out, params, frozen)
+        loss = self.held_out_loss(params, frozen)
         figures = {"val_loss": loss, "val_bits_per_byte": _bits_per_byte(self.held_out, loss)}
         if self.held_out.gzip_bits_per_byte is not None:
             figures["gzip_bits_per_byte"] = self.held_out.gzip_bits_per_byte

@@ -11,6 +11,7 @@ from meshgpt import scaling
 from meshgpt.models import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.optim import Piecewise
 from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
+from meshgpt.report.distillation import distillation
 from meshgpt.report.energy import Assumptions, Energy, energy
 from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
@@ -45,6 +46,7 @@ def card(facts: Facts, panels: Sequence[Panel], options: CardOptions) -> list[Bl
         *_data(facts),
         *_procedure(facts, spent),
         *_results(facts, panels),
+        *distillation(facts),
         *_environment(facts, spent),
         *_citation(facts, options),
         Heading(level=2, text="Licence"),
