@@ -34,6 +34,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 _LONG_CHECK_BYTES = 4 * 10**9
 _LONG_WAIT_SECONDS = 1.0
+_LEAVING_SECONDS = 5.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NONE, _DAMAGED = -1, -2  # in place of a step, where process 0 tells the others
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -90,8 +91,11 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or jax.process_count() == 1:
+            self.close()
+        elif self._thread is not None:  # the others may never come to where this save waits for them
+            self._thread.join(_LEAVING_SECONDS)
 
     def save(self, step: int, state: Tree, metadata: Mapping[str, JSON]) -> None:
         """Copies `state` off the devices and returns; writing, digests and deletion go on in the background.

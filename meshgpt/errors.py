@@ -1,10 +1,13 @@
 """The one exception for the user's own mistakes, and how a command ends on it."""
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -28,19 +31,36 @@ def exit_code(command: Callable[[], None]) -> int:
             command()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _told(f"error: {error}", 2)
     except MachineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return _told(f"error: {error}", 3)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is done", file=sys.stderr)
-        return 130
+        return _told("\ninterrupted; the same command goes on from what is done", 130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `meshgpt ... | head`; Python's own last flush must not say so again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return _told(f"error: cannot write {error.filename or 'the output'}: the disk is full", 2)
     return 0
+
+
+def _told(text: str, code: int) -> int:
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+    flush_output()
+    return code
+
+
+def flush_output() -> None:
+    """Writes out what is held back, and drops it where the disk is full: that must not change an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

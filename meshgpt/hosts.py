@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from meshgpt.errors import MachineError, UserError
+from meshgpt.errors import MachineError, UserError, flush_output
 
 T = TypeVar("T")
 
@@ -165,7 +165,8 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
     except (UserError, MachineError, KeyboardInterrupt):
         raise
     except Exception:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         leave(1)
 
 
@@ -173,8 +174,7 @@ def leave(code: int) -> int:
     """`code`, for a process that goes alone or with all others; ends one that others may wait for at once."""
     if code == 0 or not several():
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)
 
 

@@ -162,6 +162,7 @@ def run_steps(
     if figures.diverged:
         replicas.compare(int(state.step), state.items())
         checkpoints.save(int(state.step), state.items(), loop.metadata)
+        checkpoints.wait()
         raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
     return state, int(state.step) < run.steps
 

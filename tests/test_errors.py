@@ -59,3 +59,16 @@ def test_a_reader_that_goes_away_is_no_error():
     said = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), said) == (141, b"")
+
+
+@pytest.mark.parametrize(("raised", "code"), [("UserError('no')", 2), ("MachineError('no')", 3), ("", 2)])
+def test_a_full_disk_under_the_output_does_not_change_the_exit_code(raised: str, code: int):
+    script = f"""
+import sys
+from meshgpt.errors import MachineError, UserError, exit_code
+def command():
+    {f"raise {raised}" if raised else "print('a line')"}
+sys.exit(exit_code(command))
+"""
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", script], stdout=full, stderr=full, check=False).returncode == code

@@ -145,20 +145,16 @@ def chaos(arguments: Sequence[str]) -> int:
     _say(f"the undisturbed run took {duration(time.monotonic() - begun)}; now {len(faults)} faults")
     with small_disk(out / "disk", _DISK_BYTES) as disk:
         _say(f"full disks: {'a tmpfs without space' if disk.mounted else 'a file size limit (not root: no tmpfs)'}")
-        verdict = {"seed": asked.seed, "held": [], "failed": ""}
-        try:
-            folder = trial.disturbed(disk, out / "notes", faults)
-            verdict["held"] = _proved(out, folder, asked.tolerance if asked.elastic else 0.0)
-        except proof.DiffersError as error:
-            verdict["failed"] = str(error)
+        held, failed = _judged(trial, disk, out, faults, asked.tolerance if asked.elastic else 0.0)
         shutil.copytree(disk.path, out / "disturbed", ignore=shutil.ignore_patterns("filler"))
-    verdict |= {"restarts": trial.restarts, "seconds": round(time.monotonic() - begun, 1), "faults": trial.faults}
+    verdict = {"seed": asked.seed, "held": held, "failed": failed, "restarts": trial.restarts}
+    verdict |= {"seconds": round(time.monotonic() - begun, 1), "faults": trial.faults}
     (out / "chaos.json").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
     counted = collections.Counter(fault["kind"] for fault in trial.faults)
     print("; ".join(f"{count} x {kind}" for kind, count in sorted(counted.items())))
     print(f"{len(trial.faults)} faults, {trial.restarts} restarts, {duration(time.monotonic() - begun)}")
-    print("\n".join(verdict["held"]) if not verdict["failed"] else f"FAILED: {verdict['failed']}")
-    return 1 if verdict["failed"] else 0
+    print("\n".join([*held, *(f"FAILED: {text}" for text in failed)]))
+    return 1 if failed else 0
 
 
 def _settled(asked: argparse.Namespace, rest: list[str]) -> tuple[Run, list[str]]:
@@ -175,13 +171,24 @@ def _settled(asked: argparse.Namespace, rest: list[str]) -> tuple[Run, list[str]
     return run, rest
 
 
-def _proved(out: Path, folder: Path, tolerance: float) -> list[str]:
+def _judged(trial: Trial, disk: Disk, out: Path, faults: list[Fault], tolerance: float) -> tuple[list[str], list[str]]:
+    """Trains the disturbed run and compares it with the other: what holds, and what does not."""
+    held, failed = [], []
+    try:
+        folder = trial.disturbed(disk, out / "notes", faults)
+    except proof.DiffersError as error:
+        return [], [str(error)]
     runtime.start()
-    return [
-        proof.same_state(folder, out / "undisturbed", tolerance),
-        proof.same_history(folder, out / "undisturbed", tolerance),
-        proof.fed_once(folder, out / "notes" / "fed"),
-    ]
+    for compare in (
+        lambda: proof.same_state(folder, out / "undisturbed", tolerance),
+        lambda: proof.same_history(folder, out / "undisturbed", tolerance),
+        lambda: proof.fed_once(folder, out / "notes" / "fed"),
+    ):
+        try:
+            held.append(compare())
+        except proof.DiffersError as error:
+            failed.append(str(error))
+    return held, failed
 
 
 def _check_empty(out: Path) -> None:
