@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule, Source, Stage
 from meshgpt.data.pipeline import Batches
 from meshgpt.data.prepare import Prepare, prepare
@@ -28,8 +29,10 @@ def batches_of(split: Split, sources: int, seq_len: int, rows: int) -> Batches:
     names = tuple(f"source {i}" for i in range(sources))
     records = tuple(Sequences(split, seq_len) for _ in names)
     stage = Stage(sources=tuple(Source(store=name, name=name, max_epochs=0) for name in names))
-    schedule = Schedule((stage,), names, [split.num_tokens] * sources, [len(records[0])] * sources, rows)
-    return Batches(sources=records, names=names, schedule=schedule, seed=0, global_batch=rows)
+    schedule = Schedule(
+        (stage,), names, [split.num_tokens] * sources, [len(records[0])] * sources, BatchSizes.constant(rows)
+    )
+    return Batches(sources=records, names=names, schedule=schedule, seed=0, sizes=BatchSizes.constant(rows))
 
 
 def nanogpt(split: Split, seq_len: int, rows: int) -> Callable[[], np.ndarray]:

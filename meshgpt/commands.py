@@ -108,7 +108,8 @@ def export(arguments: Sequence[str]) -> None:
     mesh = make_mesh(asked.mesh)
     if asked.adapter:
         with jax.set_mesh(mesh):
-            return _export_adapter(asked)
+            _export_adapter(asked)
+        return
     with jax.set_mesh(mesh), progress_bar() as report:
         # The comparison is exact: in float32, whatever the run computed in.
         trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)

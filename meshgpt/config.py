@@ -140,6 +140,9 @@ class Run:
     """The run's folder; empty takes runs/<recipe>."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Go on where the folder's run stopped, if there is one; never (an earlier run is set aside); or fail without."""
+    resume_with_changes: bool = False
+    """Go on with another optimizer, schedule, precision or batch size than before; docs/memory.md says what becomes of
+    the optimizer's state and of the data's order. Only what the run was not told before has to be told so."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):
@@ -174,13 +177,26 @@ RESUMABLE = (
     *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals", "log_every", "max_bad_steps"),
     *("sinks", "check_replicas_every"),
     *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
-    "data.prepare.overwrite",
+    *("data.prepare.overwrite", "resume_with_changes"),
 )
+
+# What may differ where it is asked for (`--resume-with-changes`): `start` carries a run over. `init`, of a base that
+# has moved: what it holds is compared by its digest.
+CHANGEABLE = ("optim", "precision", "global_batch", "init")
 
 
 def may_differ(name: str) -> bool:
     """Whether the field of this dotted name may be another one when a run is resumed."""
-    return any(name == free or name.startswith(f"{free}.") for free in RESUMABLE)
+    return _under(name, RESUMABLE)
+
+
+def may_change(name: str) -> bool:
+    """Whether it may with `--resume-with-changes`."""
+    return _under(name, CHANGEABLE)
+
+
+def _under(name: str, fields: tuple[str, ...]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def to_json(value: Any) -> Any:

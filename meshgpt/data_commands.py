@@ -92,14 +92,15 @@ def order(arguments: Sequence[str]) -> None:
 def show(arguments: Sequence[str]) -> None:
     """meshgpt data show RUN --step N"""
     asked = tyro.cli(ShowArguments, prog="meshgpt data show", args=list(arguments), config=_FLAGS)
-    run, data = open_run(asked.run)
+    _, data = open_run(asked.run)
     if asked.step < 1:
         raise UserError(f"--step {asked.step}: steps are counted from 1")
-    if asked.row is not None and not 0 <= asked.row < run.global_batch:
-        raise UserError(f"--row {asked.row}: the batch has rows 0 to {run.global_batch - 1}")
+    size = data.batches.sizes.at(asked.step - 1)
+    if asked.row is not None and not 0 <= asked.row < size:
+        raise UserError(f"--row {asked.row}: the batch has rows 0 to {size - 1}")
     tokenizer = data.tokenizer()
-    rows = range(run.global_batch) if asked.row is None else [asked.row]
-    sequences = (asked.step - 1) * run.global_batch + np.asarray(rows)
+    rows = range(size) if asked.row is None else [asked.row]
+    sequences = data.batches.sizes.before(asked.step - 1) + np.asarray(rows)
     for row, source, record in zip(rows, *(column.tolist() for column in data.batches.locate(sequences)), strict=True):
         records, name = data.batches.sources[source], data.batches.names[source]
         print(f"=== step {asked.step}, row {row}{f', source {name}' if name else ''}")
@@ -189,7 +190,7 @@ def open_run(path: Path) -> tuple[Run, RunData]:
     if not run.data.mixture:
         store = folder.data if (folder.data / INDEX).is_file() else recorded[0]["store"]  # the run may have moved
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, store=str(store), prepare=None))
-    opened = open_run_data(run, folder)
+    opened = open_run_data(run, folder, folder.batch_sizes())
     opened.check_unchanged(recorded, "its last start")
     return run, opened
 
@@ -238,11 +239,12 @@ def _place(split: Split, number: int, text: str, tokenizer: Tokenizer) -> tuple[
 
 def _steps(run: Run, data: RunData, store: Store, start: int, stop: int) -> str:
     """Which steps of a run see tokens [start, stop) of a store."""
-    total = run.steps * run.global_batch
+    sizes = data.batches.sizes
+    total = sizes.before(run.steps)
     seen = set()
     for source, one in enumerate(data.stores.values()):
         if one.digest == store.digest:
             for record in data.batches.sources[source].covering(start, stop):
-                seen |= {n // run.global_batch + 1 for n in data.batches.sequences_with(source, record, total)}
+                seen |= {sizes.step_of(n) + 1 for n in data.batches.sequences_with(source, record, total)}
     steps = ", ".join(f"{step:,}" for step in sorted(seen))
     return f"seen by step {steps} of {run.steps:,}" if seen else f"not seen in {run.steps:,} steps"

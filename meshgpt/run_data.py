@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meshgpt.config import Run
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.files import write_atomically
 from meshgpt.data.mixture import Schedule, Source, Stage, check_stages
 from meshgpt.data.pipeline import Batches, EvalBatches
@@ -86,8 +87,8 @@ class RunData:
         write_atomically(path, json.dumps(self.record(), indent=1) + "\n")
 
 
-def open_run_data(run: Run, folder: RunFolder) -> RunData:
-    """Opens (or first prepares) what a run reads.
+def open_run_data(run: Run, folder: RunFolder, sizes: BatchSizes | None = None) -> RunData:
+    """Opens (or first prepares) what a run reads; `sizes` are its batches' where these changed on the way.
 
     Raises:
         UserError: no data, a store that is missing, damaged or made with another tokenizer, one that has more token
@@ -100,14 +101,15 @@ def open_run_data(run: Run, folder: RunFolder) -> RunData:
     check_tokenizers(list(stores.values()))
     check_vocabulary(stores, run)
     records = tuple(_cut(run, store) for store in stores.values())
+    sizes = sizes or BatchSizes.constant(run.global_batch)
     schedule = Schedule(
         stages,
         tuple(sources),
         [store.split("train").num_tokens for store in stores.values()],
         [len(one) for one in records],
-        run.global_batch,
+        sizes,
     )
-    schedule.check(run.steps * run.global_batch)
+    schedule.check(sizes.before(run.steps))
     if not run.data.mixture:
         stores = {"": next(iter(stores.values()))}  # nameless: it may move without changing the order
     held_out = tuple(store.split("val") for store in stores.values())
@@ -117,9 +119,7 @@ def open_run_data(run: Run, folder: RunFolder) -> RunData:
         validation = EvalBatches(splits=held_out, seq_len=run.sequence_length, global_batch=micro)
     return RunData(
         stores=stores,
-        batches=Batches(
-            sources=records, names=tuple(stores), schedule=schedule, seed=run.seed, global_batch=run.global_batch
-        ),
+        batches=Batches(sources=records, names=tuple(stores), schedule=schedule, seed=run.seed, sizes=sizes),
         validation=validation,
     )
 

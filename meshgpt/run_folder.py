@@ -8,14 +8,15 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import meshgpt
 from meshgpt import digests
-from meshgpt.config import Run, differences, from_json, may_differ, to_json
+from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
@@ -55,9 +56,14 @@ class RunFolder:
         """The step of the samples, the export and the loss curve; None before there are any."""
         return self._read_record().get("finished_step") if self.record.is_file() else None
 
-    def record_run(self, run: Run, command: str) -> None:
-        """Writes `run.json`: what is done here from now on."""
-        self._write_record(_record(run, command) | {"finished_step": self.finished_step()})
+    def record_run(self, run: Run, command: str, begun: Mapping[str, Any] | None = None) -> None:
+        """Writes `run.json`: what is done here from now on; `begun` is what `start.Start.metadata` says of before."""
+        self._write_record(_record(run, command) | {"finished_step": self.finished_step(), **(begun or {})})
+
+    def batch_sizes(self) -> BatchSizes:
+        """Of the run in this folder, step by step."""
+        record = self._read_record()
+        return BatchSizes.from_json(record.get("batch_sizes") or [[0, record["run"]["global_batch"]]])
 
     def mark_finished(self, step: int) -> None:
         """Says that everything that a run leaves at its end is there, as of `step`."""
@@ -123,14 +129,17 @@ class RunFolder:
             return  # nothing was trained that another configuration could spoil
         changes = differences(self._read_record()["run"], to_json(run))
         locked = [change for change in changes if not may_differ(change[0])]
-        if locked:
+        changed = all(may_change(name) for name, _, _ in locked)
+        if locked and not (changed and run.resume_with_changes):
             said = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in locked[:5])
+            switch = "--resume-with-changes to go on with the new ones from here, " if changed else ""
             raise UserError(
                 f"{self.path} holds a run that cannot go on with this configuration: {said}. "
-                "Give the old value, another --run-dir, or --resume never to start afresh (the old run is set aside)"
+                f"Give the old value, {switch}another --run-dir, or --resume never to start afresh (the old run is set "
+                "aside)"
             )
         for name, old, new in changes:
-            if name not in ("resume", "run_dir"):
+            if name not in ("resume", "run_dir", "resume_with_changes"):
                 report(f"resuming with {name} {new!r} (was {old!r})")
 
     def _check_nothing_else(self) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from meshgpt.run_data import RunData, open_run_data, without_preparing
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import Session
 from meshgpt.sinks import open_sinks
-from meshgpt.start import start
+from meshgpt.start import batch_sizes, newest, start
 from meshgpt.step import Metrics, TrainState
 from meshgpt.teacher import beside_teacher, record_before, with_teacher
 from meshgpt.tracker import Console, JsonLines, Several
@@ -53,35 +54,37 @@ def train(run: Run, command: str = "") -> None:
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say, pulse = _say if jax.process_index() == 0 else _silent, Pulse()
-    with claimed(folder, run, command, say), jax.set_mesh(mesh):
+    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say)
+    with claimed(folder, run, command, say), jax.set_mesh(mesh), checkpointer() as checkpoints:
+        point = newest(run, checkpoints)
+        sizes = batch_sizes(run, point)
         data = hosts.first_then_others(
-            lambda: open_run_data(run, folder), lambda: open_run_data(without_preparing(run, folder), folder)
+            lambda: open_run_data(run, folder, sizes),
+            lambda: open_run_data(without_preparing(run, folder), folder, sizes),
         )
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
         loop = Loop.build(run, mesh, data, folder)
-        with Checkpointer(folder.checkpoints, run.checkpointing, report=say) as checkpoints:
-            begun = start(loop.program, data, checkpoints, say)
-            fresh = checkpoints.latest() is None
-            begun = beside_teacher(loop.program, tokenizer, begun, fresh=fresh, say=say)
-            loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
-            state = begun.state
-            if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
-                folder.record_run(run, command)
-                tokenizer.save(folder.tokenizer)
-                data.write_ledger(folder.ledger)
-            record_origin(run, folder)
-            record_before(loop.program, loop.validation, begun, folder)
-            if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
-                say(_finished_already(run, folder, int(state.step)))
-                return
-            replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
-            state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse)
-            step = int(state.step)
-            replicas.compare(step, state.items())
-            with pulse.busy(SAVING):
-                checkpoints.save(step, state.items(), loop.metadata)
-                checkpoints.wait()
+        begun = start(loop.program, data, checkpoints, point, say)
+        begun = beside_teacher(loop.program, tokenizer, begun, fresh=point is None, say=say)
+        loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
+        state = begun.state
+        if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
+            folder.record_run(run, command, begun.metadata)
+            tokenizer.save(folder.tokenizer)
+            data.write_ledger(folder.ledger)
+        record_origin(run, folder)
+        record_before(loop.program, loop.validation, begun, folder)
+        if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
+            say(_finished_already(run, folder, int(state.step)))
+            return
+        replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
+        state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse)
+        step = int(state.step)
+        replicas.compare(step, state.items())
+        with pulse.busy(SAVING):
+            checkpoints.save(step, state.items(), loop.metadata)
+            checkpoints.wait()
         if stopped:
             say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
             return
@@ -196,6 +199,7 @@ class Figures:
             "parameters": scaling.count_parameters(shapes, loop.run.model.vocab_size).total,
             "flops_per_token": self._flops,
         }
+        self._sizes = loop.data.batches.sizes
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
         self._pace = Pace(pulse, lambda text: self._tracker.message(text))
@@ -258,7 +262,7 @@ class Figures:
         return {"tokens_per_second": speed} | ({} if utilisation is None else {"mfu": utilisation})
 
     def _tokens(self, step: int) -> int:
-        return step * self._run.global_batch * self._run.sequence_length
+        return self._sizes.before(step) * self._run.sequence_length
 
 
 def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:

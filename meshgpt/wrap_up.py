@@ -99,7 +99,8 @@ def summary(run: Run, folder: RunFolder) -> str:
     """Where everything is, and what to try next."""
     rows = read_json_lines(folder.metrics)
     last = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
-    lines = [f"finished: {run.steps:,} steps, {run.steps * run.global_batch * run.sequence_length:,} tokens"]
+    tokens = folder.batch_sizes().before(run.steps) * run.sequence_length
+    lines = [f"finished: {run.steps:,} steps, {tokens:,} tokens"]
     if last:
         lines[0] += f", validation loss {last['val_loss']:.4f}"
     if "val_bits_per_byte" in last:

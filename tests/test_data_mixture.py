@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Interleave, Schedule, Source, Stage, check_stages, integer_weights
 from meshgpt.data.permutation import Permutation
 from meshgpt.data.pipeline import Batches
@@ -69,7 +70,7 @@ def test_budgets_are_spent_to_the_sequence(shares: list[int]):
 def schedule_of(*stages: Stage, tokens: dict[str, int], global_batch: int = 8, seq_len: int = 1024) -> Schedule:
     check_stages(stages)
     lengths = [(count - 1) // seq_len for count in tokens.values()]
-    return Schedule(stages, tuple(tokens), tuple(tokens.values()), lengths, global_batch)
+    return Schedule(stages, tuple(tokens), tuple(tokens.values()), lengths, BatchSizes.constant(global_batch))
 
 
 def test_the_mixture_of_gpt2_023():
@@ -174,8 +175,8 @@ def mixed(stores: list[Store], weights: list[float], seq_len: int, seed: int, gl
     names = tuple(source.label for source in sources)
     tokens = [store.split("train").num_tokens for store in stores]
     stage = Stage(sources=tuple(sources))
-    schedule = Schedule((stage,), names, tokens, [len(r) for r in records], global_batch)
-    return Batches(sources=records, names=names, schedule=schedule, seed=seed, global_batch=global_batch)
+    schedule = Schedule((stage,), names, tokens, [len(r) for r in records], BatchSizes.constant(global_batch))
+    return Batches(sources=records, names=names, schedule=schedule, seed=seed, sizes=BatchSizes.constant(global_batch))
 
 
 def test_a_mixture_reads_each_source_in_its_own_epochs(stores: list[Store]):
@@ -211,8 +212,8 @@ def test_a_hundred_sources_take_the_memory_of_one(stores: list[Store]):
         names = tuple(f"s{i}" for i in range(count))
         stage = Stage(sources=tuple(Source(store=name, name=name, max_epochs=0) for name in names))
         lengths = [len(r) for r in records]
-        schedule = Schedule((stage,), names, [r.split.num_tokens for r in records], lengths, 64)
-        batches = Batches(sources=records, names=names, schedule=schedule, seed=0, global_batch=64)
+        schedule = Schedule((stage,), names, [r.split.num_tokens for r in records], lengths, BatchSizes.constant(64))
+        batches = Batches(sources=records, names=names, schedule=schedule, seed=0, sizes=BatchSizes.constant(64))
         for step in range(20):
             batches.rows(step, range(64))
         used = tracemalloc.get_traced_memory()[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule, Source, Stage
 from meshgpt.data.pipeline import Batches, EvalBatches, _permutation
 from meshgpt.data.prepare import Prepare, prepare
@@ -39,8 +40,12 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Split]:
 
 def single(records: Records, seed: int, global_batch: int) -> Batches:
     stage = Stage(sources=(Source(store="one", max_epochs=0.0),))
-    schedule = Schedule((stage,), ("one",), (records.split.num_tokens,), (len(records),), global_batch)
-    return Batches(sources=(records,), names=("",), schedule=schedule, seed=seed, global_batch=global_batch)
+    schedule = Schedule(
+        (stage,), ("one",), (records.split.num_tokens,), (len(records),), BatchSizes.constant(global_batch)
+    )
+    return Batches(
+        sources=(records,), names=("",), schedule=schedule, seed=seed, sizes=BatchSizes.constant(global_batch)
+    )
 
 
 def record(records: Records, number: int) -> np.ndarray:
@@ -103,7 +108,7 @@ def test_rows_are_the_same_whoever_asks(batches: Batches):
 
 
 def test_batch_size_does_not_change_the_order(batches: Batches):
-    twice = replace(batches, global_batch=12)
+    twice = replace(batches, sizes=BatchSizes.constant(12))
     halves = [batches.rows(step, range(6))[0] for step in (10, 11)]
     assert np.array_equal(twice.rows(5, range(12))[0], np.concatenate(halves))
 

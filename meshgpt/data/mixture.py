@@ -13,6 +13,7 @@ from typing import final
 
 import numpy as np
 
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
 
 _FEW = 8  # sequences for which plain integers are quicker than arrays
@@ -223,12 +224,12 @@ class Schedule:
         names: the run's sources.
         tokens: of each source, in all.
         lengths: how many sequences each source is cut into.
-        global_batch: sequences of a step.
+        sizes: sequences of a step.
     """
 
     def __init__(
         self, stages: Sequence[Stage], names: Sequence[str], tokens: Sequence[int], lengths: Sequence[int],
-        global_batch: int,
+        sizes: BatchSizes,
     ):  # fmt: skip
         self._names, self._lengths = tuple(names), tuple(lengths)
         limits = {source.label: source.max_epochs for stage in stages for source in stage.sources}
@@ -237,7 +238,7 @@ class Schedule:
         start, done = 0, [0] * len(names)
         for stage in stages:
             numbers = [self._names.index(source.label) for source in stage.sources]
-            stop = stage.until_step * global_batch or None
+            stop = sizes.before(stage.until_step) or None
             if stage.by_tokens:
                 shares = [_budget(s, tokens[n], lengths[n]) for s, n in zip(stage.sources, numbers, strict=True)]
                 stop = start + sum(shares)

@@ -1,9 +1,9 @@
 """Records to batches, by random access only.
 
 Sequence i of a run is a function of (seed, i): `mixture.Schedule` says which source it comes from and which of that
-source's sequences it is, `Permutation` which record that is, another shuffle each epoch. Batch s is sequences
-[s G, (s + 1) G) for a global batch of G. So the state of the pipeline is the step number, and neither processes, mesh,
-accumulation nor prefetching change what a step sees.
+source's sequences it is, `Permutation` which record that is, another shuffle each epoch. A step takes the sequences
+after those of the step before, [s G, (s + 1) G) where the global batch is always G. So the state of the pipeline is the
+step number, and neither processes, mesh, accumulation nor prefetching change what a step sees.
 
 Shapes: T sequence length, n rows that one process asks for.
 """
@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule
 from meshgpt.data.permutation import Permutation
 from meshgpt.data.records import Records
@@ -38,18 +39,14 @@ class Batches:
         names: of the sources; each chooses, with the seed, the order within its source.
         schedule: which source every sequence comes from.
         seed: chooses the order.
-        global_batch: sequences in a step, over all processes and accumulation steps.
+        sizes: sequences in a step, over all processes and accumulation steps.
     """
 
     sources: tuple[Records, ...]
     names: tuple[str, ...]
     schedule: Schedule
     seed: int
-    global_batch: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch < 1:
-            raise UserError(f"global_batch {self.global_batch} must be at least 1")
+    sizes: BatchSizes
 
     @property
     def seq_len(self) -> int:
@@ -82,13 +79,13 @@ class Batches:
 
         Args:
             step: from 0.
-            row_indices: n numbers in [0, global_batch): the rows that this process holds.
+            row_indices: n numbers below the step's size: the rows that this process holds.
         """
         indices = np.asarray(row_indices, np.int64)
-        outside = indices[(indices < 0) | (indices >= self.global_batch)]
+        outside = indices[(indices < 0) | (indices >= self.sizes.at(step))]
         if outside.size:
-            raise IndexError(f"row {outside[0]} of a batch of {self.global_batch}")
-        source_n, record_n = self.locate(step * self.global_batch + indices)
+            raise IndexError(f"row {outside[0]} of a batch of {self.sizes.at(step)}")
+        source_n, record_n = self.locate(self.sizes.before(step) + indices)
         tokens = np.empty((len(indices), self.seq_len + 1), np.int32)
         counted = np.empty(len(indices), np.int64)
         for i, (source, record) in enumerate(zip(source_n.tolist(), record_n.tolist(), strict=True)):
@@ -100,7 +97,7 @@ class Batches:
     def digest(self, step: int) -> str:
         """sha256 (hexadecimal) of a step's whole batch: its tokens row by row, little-endian int32, then its weights,
         little-endian float32."""
-        tokens, weights = self.rows(step, range(self.global_batch))
+        tokens, weights = self.rows(step, range(self.sizes.at(step)))
         weights = np.ones((len(tokens), self.seq_len), np.float32) if weights is None else weights
         digest = hashlib.sha256(tokens.astype("<i4").tobytes())
         digest.update(weights.astype("<f4").tobytes())

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from meshgpt import trees
+from meshgpt.adam import AdamState
 from meshgpt.errors import UserError
 
 
@@ -19,7 +19,7 @@ class Moments:
     count: int
 
     def into(self, opt_state: trees.Tree) -> trees.Tree:
-        """`opt_state` with these moments in the place of its own (those of an `optax.ScaleByAdamState`).
+        """`opt_state` with these moments in the place of its own (those of an `adam.AdamState`).
 
         Raises:
           UserError: the optimizer is not Adam, or keeps its moments in another form.
@@ -29,7 +29,7 @@ class Moments:
             raise UserError("the optimizer has no moments of Adam's to go on from: continue with AdamW")
         return jax.tree.unflatten(structure, [self._put(node) if _is_adam(node) else node for node in nodes])
 
-    def _put(self, old: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+    def _put(self, old: AdamState) -> AdamState:
         for mine, other in ((self.mu, old.mu), (self.nu, old.nu)):
             found, wanted = _forms(mine), _forms(other)
             if found.keys() != wanted.keys():
@@ -37,13 +37,13 @@ class Moments:
             for name, form in found.items():
                 if form != wanted[name]:
                     raise UserError(f"the moment of {name} is {form}, and the optimizer keeps {wanted[name]}")
-        assert isinstance(old.count, jax.Array), "the optimizer's state is not on devices"
-        count = jax.device_put(jnp.asarray(self.count, old.count.dtype), old.count.sharding)
-        return optax.ScaleByAdamState(count=count, mu=self.mu, nu=self.nu)
+        # Two arrays: a step is given both to write over.
+        count, nu_count = (jax.device_put(jnp.asarray(self.count, jnp.int32), old.count.sharding) for _ in range(2))
+        return AdamState(count=count, mu=self.mu, nu=self.nu, nu_count=nu_count)
 
 
 def _is_adam(node: object) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+    return isinstance(node, AdamState)
 
 
 def _forms(tree: trees.Tree) -> dict[str, str]:

@@ -17,6 +17,7 @@ from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
 from meshgpt.report.tables import by_iteration, references
 from meshgpt.tracker import amount, duration
+from meshgpt.trainable import Full
 
 TO_FILL = "(to fill in)"
 
@@ -155,6 +156,11 @@ def _data(facts: Facts) -> list[Block]:
     return [*head, Text(text=text), Table(header=header, rows=rows)]
 
 
+def _change(change: dict[str, Any]) -> str:
+    """What a run was resumed with, in words."""
+    return "; ".join(f"{name} {new!r} (was {old!r})" for name, (old, new) in change["changes"].items())
+
+
 def _procedure(facts: Facts, spent: Energy) -> list[Block]:
     run = facts.run
     per_step = run.global_batch * run.sequence_length
@@ -165,9 +171,11 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
         ("Batch", f"{run.global_batch:,} x {run.sequence_length:,} = {per_step:,} tokens"),
         ("Tokens", f"{facts.tokens:,}"),
         ("Tokens per parameter", f"{facts.tokens / facts.parameters.total:.3g}"),
+        *([] if isinstance(run.trainable, Full) else [("Trained", f"{run.trainable}, beside {run.init}")]),
         ("Optimizer", _optimizer(run.optim)),
         ("Learning rate", _schedule(run.optim)),
         ("Precision", f"parameters in {run.precision.params}, computing in {_compute(facts)}"),
+        *((f"Changed at step {change['step']:,}", _change(change)) for change in facts.record.get("history", [])),
         ("Hardware", facts.hardware or "not recorded"),
         ("Hours", hours),
         ("Total FLOs", f"{facts.flops:.3g} ({amount(facts.flops_per_token)} a token: {_FLOPS_RULE})"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from meshgpt import scaling
 from meshgpt.config import Run
+from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule
 from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
@@ -69,7 +70,16 @@ class Facts:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.run.global_batch * self.run.sequence_length
+        return self.tokens_by(self.step)
+
+    def tokens_by(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        return self.sizes.before(step) * self.run.sequence_length
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """Sequences of each step, which a resumed run may have changed."""
+        return BatchSizes.from_json(self.record.get("batch_sizes") or [[0, self.run.global_batch]])
 
     @property
     def finished(self) -> bool:
@@ -143,7 +153,10 @@ def read_facts(path: Path) -> Facts:
         sources=sources,
         notes=notes,
         parameters=scaling.count_parameters(shapes, run.model.vocab_size),
-        flops_per_token=scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length),
+        flops_per_token=round(
+            scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
+            * run.trainable.work(run.model.n_layers)
+        ),
     )
 
 
@@ -172,12 +185,14 @@ def _sources(run: Run, folder: RunFolder, step: int) -> tuple[list[Source], list
     """The training text by source, largest first; and a sentence where it cannot be read any more."""
     made = run.data.prepare.out if run.data.prepare else ""
     try:
-        return _mixed(run, step) if run.data.mixture else _files(Path(run.data.store or made or folder.data)), []
+        if run.data.mixture:
+            return _mixed(run, folder.batch_sizes(), step), []
+        return _files(Path(run.data.store or made or folder.data)), []
     except (UserError, OSError, ValueError, KeyError) as error:
         return [], [f"the training text cannot be described, since its token store cannot be read: {error}"]
 
 
-def _mixed(run: Run, step: int) -> list[Source]:
+def _mixed(run: Run, sizes: BatchSizes, step: int) -> list[Source]:
     """The sources of a mixture and what of each the run has seen by `step`."""
     places = {source.label: source.store for stage in run.data.mixture for source in stage.sources}
     stores = [Store.open(place) for place in places.values()]
@@ -188,8 +203,8 @@ def _mixed(run: Run, step: int) -> list[Source]:
         for store, split in zip(stores, splits, strict=True)
     ]
     tokens, lengths = [split.num_tokens for split in splits], [len(one) for one in records]
-    schedule = Schedule(run.data.mixture, tuple(places), tokens, lengths, run.global_batch)
-    used = schedule.used(step * run.global_batch)
+    schedule = Schedule(run.data.mixture, tuple(places), tokens, lengths, sizes)
+    used = schedule.used(sizes.before(step))
     return [
         Source(
             name=name,

@@ -43,11 +43,11 @@ def panels(runs: Sequence[Facts]) -> list[Panel]:
     made = [
         Panel(
             slug="loss_tokens", title="Loss against tokens", x_label="tokens", y_label="loss (nats per token)",
-            series=_losses(runs, lambda run: run.run.global_batch * run.run.sequence_length),
+            series=_losses(runs, lambda run: 1.0),
         ),
         Panel(
             slug="loss_flops", title="Loss against compute", x_label="FLOPs", y_label="loss (nats per token)",
-            series=_losses(runs, lambda run: run.run.global_batch * run.run.sequence_length * run.flops_per_token),
+            series=_losses(runs, lambda run: float(run.flops_per_token)),
         ),
         _by_step(runs, "val_bits_per_byte", "Bits per byte of held-out text", "bits per byte", marked=True),
         _named_validation(runs),
@@ -60,19 +60,24 @@ def panels(runs: Sequence[Facts]) -> list[Panel]:
 
 
 def _losses(runs: Sequence[Facts], scale: Callable[[Facts], float]) -> list[Series]:
-    """Training (single steps faint, their running mean strong) and validation loss, against steps times `scale`."""
+    """Training (single steps faint, their running mean strong) and validation loss, against tokens times `scale`."""
     curves = []
     for color, run in enumerate(runs):
         steps, loss = run.series("loss")
         val_steps, val_loss = run.series("val_loss")
         of = f" {run.name}" if len(runs) > 1 else ""
-        x, second = steps * scale(run), color if len(runs) > 1 else 1
+        second = color if len(runs) > 1 else 1
+        x, val_x = (_tokens(run, at) * scale(run) for at in (steps, val_steps))
         curves += [
             Series(label=f"each step{of}", x=x, y=loss, kind="faint", color=color),
             Series(label=f"training{of}", x=x, y=smooth(loss), color=color),
-            Series(label=f"validation{of}", x=val_steps * scale(run), y=val_loss, kind="marked", color=second),
+            Series(label=f"validation{of}", x=val_x, y=val_loss, kind="marked", color=second),
         ]
     return [curve for curve in curves if curve.y.size]
+
+
+def _tokens(run: Facts, steps: np.ndarray) -> np.ndarray:
+    return np.array([run.tokens_by(int(step)) for step in steps], np.float64)
 
 
 def _by_step(runs: Sequence[Facts], key: str, title: str, y_label: str, marked: bool = False) -> Panel:

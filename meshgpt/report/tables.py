@@ -68,13 +68,12 @@ def by_iteration(facts: Facts) -> Table | None:
     steps = sorted(held_out.keys() | {step for step, _, _ in results})
     if not steps:
         return None
-    per_step = facts.run.global_batch * facts.run.sequence_length
     rows = []
     for step in _chosen(steps):
         row = held_out.get(step, {})
         losses = [_value(row.get(key)) for key in ("val_loss", "val_bits_per_byte", *named)]
         tasks = [percent(results[step, *key]) if (step, *key) in results else "" for key in columns]
-        rows.append([f"{step:,}", amount(step * per_step), *losses, *tasks])
+        rows.append([f"{step:,}", amount(facts.tokens_by(step)), *losses, *tasks])
     header = [
         "Step",
         "Tokens",
