@@ -21,6 +21,7 @@ from meshgpt.pulse import Pulse
 _MOST_NAMED = 16  # processes whose time gets a column of its own in the metrics
 _SLOW = 2.0  # times the median
 _SLOW_SHARE = 0.1  # of a step
+_SLOW_SECONDS = 0.02  # less is no slowness: process 0 writes the metrics
 _REPEATS = 3
 
 
@@ -51,7 +52,7 @@ class Pace:
     def _say(self, slowest: int, seconds: dict[int, float], host: str) -> None:
         """A line for each process that is found slow, once."""
         usual = statistics.median_low(seconds.values())
-        much = seconds[slowest] - usual > _SLOW_SHARE * self._pulse.step_seconds
+        much = seconds[slowest] - usual > max(_SLOW_SECONDS, _SLOW_SHARE * self._pulse.step_seconds)
         if seconds[slowest] > _SLOW * usual and much and slowest not in self._told:
             self._told += (slowest,)
             self._message(
