@@ -72,14 +72,16 @@ def test_process_0_hears_those_that_are_in_time(monkeypatch: pytest.MonkeyPatch)
     from test_hosts import Pod
 
     pod = Pod(monkeypatch, 3)
-    pod.key_value_dir_get = lambda prefix: [item for item in pod.values.items() if item[0].startswith(prefix)]
+    pod.key_value_dir_get = lambda prefix: [item for item in list(pod.values.items()) if item[0].startswith(prefix)]
     pod.key_value_delete = lambda prefix: None
     everyone = threading.Barrier(3, timeout=10)
 
     def work(number: int) -> dict[int, str]:
-        found = hosts.told("a", f"I am {number}")
+        found = hosts.told("a", f"I am {number}", seconds=10)
+        if number == 1:
+            hosts.told("b", "here")
         everyone.wait()
-        return found | (hosts.told("b", "here", seconds=0.05) if number != 2 else {})
+        return found | (hosts.told("b", "here", seconds=0.01) if number == 0 else {})
 
     first, *others = pod.run(work)
     assert first == {0: "here", 1: "here", 2: "I am 2"}
