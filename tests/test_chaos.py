@@ -279,7 +279,7 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(workshop: Workshop, tmp_path
     out = tmp_path / "out"
     ended = workshop.run(
         "chaos", workshop.recipe(tmp_path, "gpt2"), "--kills", kills, "--seed", 1, "--out", out, *extra,
-        "--eval-every", 100, module="meshgpt.cli",
+        "--eval-every", 100, "--check-replicas-every", 5, module="meshgpt.cli",
     )  # fmt: skip
     verdict = json.loads((out / "chaos.json").read_text())
     assert ended.code == 0, (verdict["failed"], ended.out[-3000:], ended.err[-6000:])
