@@ -57,7 +57,6 @@ class Launched:
         text = TRAINER.format(folder=str(folder), fault=body, lost=lost)
         processes = settings.pop("processes", 3)
         patience = settings.pop("patience", QUICK)
-        os.environ["PYTHONPATH"] = str(ROOT)
 
         def command(processes: int, begun: bool) -> list[str]:
             self.begun.append((processes, begun))

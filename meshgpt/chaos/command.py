@@ -35,7 +35,7 @@ they have.
   --processes P   of the pod (2)
   --devices D     virtual CPU devices of each process (1)
   --elastic       after a death go on with those that remain; the ends are then alike within --tolerance
-  --tolerance T   with --elastic: the largest relative difference of parameters and losses (0.01)
+  --tolerance T   with --elastic: the largest relative difference of parameters and losses (0.001)
   --out DIR       an empty or new folder for both runs and chaos.json, the record of all faults (runs/chaos)
 
 Unless the recipe's flags say otherwise it takes 8 steps a fault, saves every 4, logs every one, and neither samples
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, default in (("kills", 20), ("seed", 0), ("processes", 2), ("devices", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=0.01)
+    parser.add_argument("--tolerance", type=float, default=0.001)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     # Flags of ours may stand behind the recipe too: `meshgpt chaos RECIPE --kills 20`.
     asked, rest = parser.parse_known_args(list(arguments))

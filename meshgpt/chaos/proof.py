@@ -65,7 +65,8 @@ def same_history(run: Path, other: Path, tolerance: float) -> str:
     for step, loss in theirs.items():
         if abs(ours[step] - loss) > tolerance * abs(loss):
             raise DiffersError(f"the loss of step {step} is {ours[step]}, and {loss} undisturbed")
-    return f"the metrics have each of {len(ours):,} logged steps once, with the losses of the undisturbed run"
+    within = f", within {tolerance:g}" if tolerance else ""
+    return f"the metrics have each of {len(ours):,} logged steps once, with the losses of the undisturbed run{within}"
 
 
 def fed_once(run: Path, notes: Path) -> str:
