@@ -22,7 +22,7 @@ from meshgpt.optim import AdamW
 from meshgpt.precision import Float, Precision
 from meshgpt.run_folder import RunFolder
 from meshgpt.tokenizer import Tokenizer, load_tokenizer
-from meshgpt.trainable import Full
+from meshgpt.trainable import Full, LoRA
 from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
@@ -135,13 +135,14 @@ def record_origin(run: Run, folder: RunFolder) -> None:
 
 
 def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:
-    """The parameters that `run.init` holds, on the mesh that is set."""
+    """The parameters that `run.init` holds, on the mesh that is set; beneath adapters, in the bits they are kept in."""
     opened = _open(run.init)
     if isinstance(opened, Imported):
         return opened.load(model.abstract_params(), say)
     for note in opened.notes:
         say(note)
-    return opened.load(model.abstract_params())
+    load = opened.load_as_kept if isinstance(run.trainable, LoRA) else opened.load
+    return load(model.abstract_params())
 
 
 def initial_moments(run: Run, model: Model) -> hf.Moments | None:

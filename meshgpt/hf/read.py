@@ -23,11 +23,12 @@ from meshgpt.low_bit import Place
 
 
 def load(folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
-    """The parameters in `folder`, which is in the Hugging Face format, placed like `abstract`; see `place`.
+    """The parameters in `folder`, which is in the Hugging Face format, placed like `abstract`; see `place_as_kept`."""
+    return place_as_kept(fitting(open_tensors(folder), config), config, abstract)
 
-    What bitsandbytes quantized stays in 4 or 8 bits: such leaves are `layers.Weight`s (`Weight4`, `Weight8`).
-    """
-    tensors = fitting(open_tensors(folder), config)
+
+def place_as_kept(tensors: Tensors, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
+    """As `place`, but what bitsandbytes quantized stays in 4 or 8 bits: such leaves are `layers.Weight`s."""
     holders = by_path(stored_tensors(config))
     quantized = {path for path, held in holders.items() if isinstance(tensors.entries[held[0].name], bnb_read.LowBit)}
     return _placed(tensors, config, abstract, quantized)

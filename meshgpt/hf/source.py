@@ -9,7 +9,7 @@ from meshgpt.hf import hub, mtj
 from meshgpt.hf.config import read_config
 from meshgpt.hf.moments import Moments
 from meshgpt.hf.names import ModelConfig
-from meshgpt.hf.read import fitting, place
+from meshgpt.hf.read import fitting, place, place_as_kept
 from meshgpt.hf.surgery import Surgery, operate
 from meshgpt.hf.tensors import Tensors, open_tensors
 
@@ -32,8 +32,12 @@ class Source:
     adam: mtj.Adam | None
 
     def load(self, abstract: trees.Tree) -> trees.Tree:
-        """The parameters, placed like `abstract`: see `read.place`."""
+        """The parameters, placed like `abstract`, those of few bits dequantized: see `read.place`."""
         return place(self.tensors, self.config, abstract)
+
+    def load_as_kept(self, abstract: trees.Tree) -> trees.Tree:
+        """The same, but weights of 4 and 8 bits stay in these: see `read.place_as_kept`."""
+        return place_as_kept(self.tensors, self.config, abstract)
 
     def load_moments(self, abstract_mu: trees.Tree, abstract_nu: trees.Tree) -> Moments:
         """The optimizer's state, placed like the two trees: the parameters' shapes in the dtypes of the moments."""
