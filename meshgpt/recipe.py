@@ -1,4 +1,4 @@
-"""Recipes: Python files with `def config() -> Run`, every field of which is also a flag."""
+"""Recipes: Python files with `def config() -> Run`, or other functions, every field of which is also a flag."""
 
 import dataclasses
 import importlib.util
@@ -8,13 +8,16 @@ from pathlib import Path
 
 from meshgpt.config import Run
 from meshgpt.errors import UserError
+from meshgpt.smoke import smoke
 
 
-def load(path: Path) -> Run:
-    """The `Run` of a recipe, its folder filled in.
+def load(path: Path, name: str = "config", small: bool = False) -> Run:
+    """The `Run` that a recipe's function `name` returns, its folder filled in.
+
+    `small`: at its smoke size, which the recipe's own function smoke() returns, or `smoke.smoke` makes.
 
     Raises:
-      UserError: no such file, or one without a `config()` that returns a `Run`.
+      UserError: no such file, or one without such a function that returns a `Run`.
     """
     if not path.is_file():
         raise UserError(f"no recipe {path}: name a Python file such as configs/quickstart.py")
@@ -24,15 +27,18 @@ def load(path: Path) -> Run:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        make = getattr(module, "config", None)
+        own = small and name == "config" and hasattr(module, "smoke")
+        make = getattr(module, "smoke" if own else name, None)
         run = make() if callable(make) else None
+        run = smoke(run) if small and not own and isinstance(run, Run) else run
     except UserError as error:
         raise UserError(f"{_place(error, path)}: {error}") from error
     except Exception as error:  # the recipe is the user's program: whatever it raises is theirs to mend
         raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(run, Run):
-        raise UserError(f"{path} has no function config() that returns a meshgpt.config.Run")
-    return run if run.run_dir else dataclasses.replace(run, run_dir=str(Path("runs") / path.stem))
+        raise UserError(f"{path} has no function {name}() that returns a meshgpt.config.Run")
+    folder = f"{path.stem}-smoke" if small else path.stem
+    return run if run.run_dir else dataclasses.replace(run, run_dir=str(Path("runs") / folder))
 
 
 def _place(error: Exception, path: Path) -> str:
@@ -43,22 +49,32 @@ def _place(error: Exception, path: Path) -> str:
 
 
 def parse(arguments: Sequence[str], program: str) -> Run:
-    """`RECIPE [--flags]` to a Run. Unknown flags and wrong types end the program with exit code 2 and a suggestion."""
+    """`RECIPE[:FUNCTION] [--smoke] [--flags]` to a Run.
+
+    Unknown flags and wrong types end the program with exit code 2 and a suggestion.
+    """
     if not arguments or arguments[0].startswith("-"):
         helps = bool(arguments) and arguments[0] in ("-h", "--help")
-        text = f"usage: {program} RECIPE [flags]\n\nRECIPE is a Python file such as configs/quickstart.py; "
-        text += f"`{program} RECIPE --help` lists its flags."
+        text = f"""usage: {program} RECIPE[:FUNCTION] [--smoke] [flags]
+
+RECIPE is a Python file such as configs/quickstart.py, whose function config(), or the one named, returns the run;
+`{program} RECIPE --help` lists its flags. --smoke takes the recipe at a size that a CPU trains in a minute, on text
+that every machine has."""
         if helps:
             print(text)
             raise SystemExit(0)
         raise UserError(f"which recipe?\n{text}")
     import tyro
 
-    default = load(Path(arguments[0]))
+    path, colon, name = arguments[0].rpartition(":")
+    if not colon:
+        path, name = arguments[0], "config"
+    flags = [flag for flag in arguments[1:] if flag != "--smoke"]
+    default = load(Path(path), name, small="--smoke" in arguments)
     return tyro.cli(
         Run,
         prog=f"{program} {arguments[0]}",
         default=default,
-        args=list(arguments[1:]),
+        args=flags,
         config=(tyro.conf.AvoidSubcommands,),
     )
