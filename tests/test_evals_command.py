@@ -93,6 +93,17 @@ def test_what_cannot_be_evaluated_is_refused(here: Here, finished: Path, argumen
     here.cli("eval", finished, *arguments).refused(said)
 
 
+def test_what_is_no_results_is_refused_before_anything_is_measured(
+    here: Here, finished: Path, data: Path, tmp_path: Path
+):
+    out = tmp_path / "notes.json"
+    out.write_text("mine")
+    ended = here.cli("eval", finished, "--choices", data / "choices.jsonl", "--out", out)
+    ended.refused("notes.json holds no results of an evaluation: move it aside")
+    assert "multiple choice" not in ended.out
+    assert out.read_text() == "mine"
+
+
 def test_no_model_is_refused(here: Here, data: Path, tmp_path: Path):
     here.cli("eval", tmp_path / "gone", "--choices", data / "choices.jsonl").refused("gone does not exist")
 

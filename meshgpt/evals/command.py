@@ -112,6 +112,9 @@ def evaluate(asked: Arguments) -> Results:
     mesh = make_mesh(asked.mesh)
     with jax.set_mesh(mesh), _progress(first) as report:
         trained = open_trained(asked.source, Precision(compute=asked.compute), print if first else _silent, asked.step)
+        path = asked.out or _kept(asked.source, trained.step)
+        if path is not None:  # now, and not when all is measured
+            hosts.first_then_others(lambda: results.read(path), lambda: None)
         scorer = Scorer(trained.model, trained.params, mesh, asked.batch_size)
         found = _measured(asked, wanted, trained, scorer, report)
     if first:
@@ -120,7 +123,6 @@ def evaluate(asked: Arguments) -> Results:
             print(
                 f"{scorer.truncated:,} texts did not fit the context of {scorer.context:,} tokens and lost their start"
             )
-        path = asked.out or _kept(asked.source, trained.step)
         if path is None:
             print("to keep these figures, give --out FILE")
         else:
@@ -132,6 +134,8 @@ def evaluate(asked: Arguments) -> Results:
 def _wanted(asked: Arguments) -> _Wanted:
     tasks = None
     if asked.task_names:
+        if jax.process_index() == 0:
+            print("loading tasks (a fetch that fails is tried again for half a minute)", flush=True)
         known = harness.open_tasks(asked.tasks_path)
         names = harness.resolve(known, asked.task_names)
         tasks = harness.load(known, names, asked.num_fewshot)

@@ -52,7 +52,8 @@ def open_tasks(folder: Path | None = None) -> "TaskManager":
     check_installed()
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "huggingface_hub"):  # the latter says of every try that there is no network
+        logging.getLogger(name).setLevel(logging.ERROR)
     if folder is not None and not any(folder.glob("**/*.yaml")):
         raise UserError(f"--tasks-path {folder} holds no .yaml file of a task: see docs/evaluation.md for one")
     return TaskManager(include_path=None if folder is None else str(folder))

@@ -56,14 +56,30 @@ def metrics(results: Results) -> dict[str, float]:
     return found
 
 
+def read(path: Path) -> Results:
+    """What an earlier evaluation left in a file, {} where there is none.
+
+    Raises:
+      UserError: the file there holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["results"], dict):
+            return content
+    except (ValueError, KeyError, TypeError, OSError):
+        pass
+    raise UserError(f"{path} holds no results of an evaluation: move it aside, or give another --out")
+
+
 def save(path: Path, results: Results) -> None:
     """Writes results, beside what an earlier evaluation left in that file.
 
     Raises:
       UserError: the file there holds something else.
     """
-    if path.exists():
-        results = merged(_read(path), results)
+    results = merged(read(path), results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(_plain(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -97,16 +113,6 @@ def _of_task(
         "higher_is_better": {task: dict.fromkeys(figures, better_up)},
         "n-samples": {task: {"original": samples, "effective": samples}},
     }
-
-
-def _read(path: Path) -> Results:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["results"], dict):
-            return content
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} holds no results of an evaluation: move it aside, or give another --out")
 
 
 def _plain(value: Any) -> Any:
