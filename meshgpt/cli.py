@@ -85,6 +85,12 @@ def _import(arguments: Sequence[str]) -> None:
     import_weights(arguments)
 
 
+def _sweep(arguments: Sequence[str]) -> None:
+    from meshgpt.sweep.command import sweep
+
+    sweep(arguments)
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
@@ -106,6 +112,7 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
     "eval": (_eval, "RUN|FOLDER --tasks NAMES: tasks of the lm-evaluation-harness, perplexity, multiple choice"),
     "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),
+    "sweep": (_sweep, "RECIPE --optim.peak-lr 1e-4:1e-2:log:5 --global-batch 32,64: which numbers are best"),
     "compile": (_compile, "RECIPE --topology v3-256: will it fit and how fast, for a pod nobody has rented yet"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),
 }

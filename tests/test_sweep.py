@@ -1,0 +1,198 @@
+"""Sweeps: what is tried, what is kept, what goes on after a kill, and what comes out."""
+
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from meshgpt import cli, recipe
+from meshgpt.errors import UserError
+from meshgpt.sweep import command, runner
+from meshgpt.sweep.space import at_random, grid, split
+from meshgpt.sweep.trials import Plan, Sweep, Trial
+
+RECIPE = """
+from meshgpt.config import Data, Run, Samples
+from meshgpt.data.prepare import Prepare
+from meshgpt.models import GPT2Config
+from meshgpt.optim import AdamW
+def config():
+    model = GPT2Config(vocab_size=300, n_layers=1, d_model=16, n_heads=2, n_positions=16)
+    prepare = Prepare(sources=({text!r},), out="", train_tokenizer="bpe", vocab_size=300, val_fraction=0.2)
+    return Run(model=model, data=Data(prepare=prepare), steps=8, global_batch=8, eval_every=8, log_every=4,
+               optim=AdamW(warmup_steps=1), samples=Samples(prompts=()), export="none")
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    rng = random.Random(0)
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(" ".join(rng.choice(("sun", "moon", "star", "sky")) for _ in range(60)))
+    path = tmp_path / "small.py"
+    path.write_text(RECIPE.format(text=str(texts)))
+    return path
+
+
+def sweep(*words: str) -> int:
+    return cli.main(["sweep", *words])
+
+
+def test_axes_are_told_from_flags():
+    axes, fixed = split(["--a.lr", "1e-4:1e-2:log:3", "--steps", "5", "--flag", "--b=32,64", "--c", "0:1:lin:5", "x"])
+    assert fixed == ("--steps", "5", "--flag", "x")
+    assert [axis.flag for axis in axes] == ["--a.lr", "--b", "--c"]
+    assert [float(value) for value in axes[0].values] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert axes[1].values == ("32", "64")
+    assert axes[2].values == ("0", "0.25", "0.5", "0.75", "1")
+    points = grid(axes)
+    assert len(points) == len(set(points)) == 30
+    assert points[1] == (("--a.lr", "0.0001"), ("--b", "32"), ("--c", "0.25"))
+
+
+def test_a_random_draw_is_a_function_of_its_seed_and_even_on_its_scale():
+    axes, _ = split(["--lr", "1e-4:1e-2:log:2", "--b", "32,64"])
+    points = at_random(axes, 2000, 1)
+    assert points == at_random(axes, 2000, 1) != at_random(axes, 2000, 2)
+    logs = [math.log10(float(dict(point)["--lr"])) for point in points]
+    assert -4 <= min(logs) < -3.99 < -2.01 < max(logs) <= -2
+    assert sum(logs) / len(logs) == pytest.approx(-3, abs=0.05)
+    assert sum(dict(point)["--b"] == "32" for point in points) == pytest.approx(1000, abs=100)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lr", "1e-2:1e-4:log:5"], "give LOW:HIGH"),
+        (["--lr", "0:1:log:5"], "give LOW:HIGH"),
+        (["--lr", "a:1:log:5"], "give LOW:HIGH"),
+        (["--lr", "1:2:lin:1"], "give LOW:HIGH"),
+        (["--b", "32,,64"], "different values"),
+        (["--b", "32,32"], "different values"),
+        (["--b", "32,64", "--b", "1,2"], "swept twice"),
+    ],
+)
+def test_bad_axes_are_named(words: list[str], said: str):
+    with pytest.raises(UserError, match=said):
+        split(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "5"], "nothing to sweep"),
+        (["--optim.peak-lr", "1e-3,2e-3", "--method", "random"], "how many"),
+        (["--optim.peak-lr", "1e-3,2e-3", "--trials", "3"], "--trials is for"),
+        (["--optim.peak-lr", "1e-3,2e-3", "--hosts", "a"], "go together"),
+        (["--optim.peak-lr", "1e-3,2e-3", "--hosts", "a", "--command", "ssh {host}"], "would train nothing"),
+        (["--global-batch", "8,0"], ""),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    words: list[str], said: str, written: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    out = tmp_path / "out"
+    if said:
+        assert sweep(str(written), *words, "--out", str(out)) == 2
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_successive_halving_spends_about_the_same_on_each_rung():
+    asked = command._parse(["r.py", "--method", "halving", "--eta", "3"])[0]
+    assert command._rungs(asked, 900, 9) == [(100, 9), (300, 3), (900, 1)]
+    assert command._rungs(asked, 900, 10) == [(100, 10), (300, 3), (900, 1)]
+    assert command._rungs(asked, 2, 9)[-1] == (2, 1)
+    assert command._rungs(command._parse(["r.py"])[0], 900, 9) == [(None, 9)]
+
+
+def plan(**changes) -> Plan:
+    known = {"recipe": "r.py", "fixed": (), "axes": ("--a 1,2",), "method": "halving", "count": 9, "seed": 0,
+             "metric": "val_loss", "maximize": False}  # fmt: skip
+    return Plan(**(known | changes))
+
+
+def test_the_best_of_a_rung_go_on_and_the_record_survives(tmp_path: Path):
+    points = [(("--a", str(n)),) for n in range(9)]
+    seen: list[list[str]] = []
+
+    def train(going: Sweep):
+        def run(trials):
+            seen.append([str(trial) for trial in trials if not trial.done])
+            for trial in trials:
+                number = int(dict(trial.point)["--a"])
+                trial.failed, trial.score = ("it burst", None) if number == 0 else ("", 10 - number + 100 / trial.steps)
+            going.save()
+
+        return run
+
+    going = Sweep(tmp_path / "s", plan())
+    command.climb(going, points, [(100, 9), (300, 3), (900, 1)], train(going))
+    assert [len(names) for names in seen] == [9, 3, 1]
+    assert seen[1] == ["--a 8 --steps 300", "--a 7 --steps 300", "--a 6 --steps 300"]
+    best = going.best()
+    assert best is not None
+    assert (dict(best.point)["--a"], best.steps) == ("8", 900)
+    again = Sweep(tmp_path / "s", plan())
+    assert again.trials == going.trials
+    command.climb(again, points, [(100, 9), (300, 3), (900, 1)], train(again))
+    assert seen[3:] == [[], [], []]
+    with pytest.raises(UserError, match="holds another sweep: seed was 0, now 1"):
+        Sweep(tmp_path / "s", plan(seed=1))
+    (tmp_path / "s" / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        Sweep(tmp_path / "s", plan())
+
+
+def test_a_template_reaches_its_hosts_and_a_failure_is_kept(tmp_path: Path):
+    going = Sweep(tmp_path / "s", plan(method="grid", count=4))
+    for number in range(1, 5):
+        going.add(Trial(number=number, point=(("--a", str(number)),)))
+    notes: list[str] = []
+    template = 'echo "{host} {command}"; [[ "{command}" == *"--a 3"* ]] && exit 9; exit 7'
+    runner.run_all(going, going.trials, template, ["one", "two"], notes.append)
+    assert [trial.failed[:11] for trial in going.trials] == ["exit code 7", "exit code 7", "exit code 9", "exit code 7"]
+    logs = [(tmp_path / "s" / f"trial-00{number}.log").read_text() for number in range(1, 5)]
+    assert {log.split()[0] for log in logs} == {"one", "two"}
+    assert "-m meshgpt.train r.py --a 2 --run-dir" in logs[1]
+    refused = Trial(number=5, point=(("--a", "5"),))
+    going.add(refused)
+    with pytest.raises(UserError, match=r"trial-005 \(--a 5\) is refused: because"):
+        runner.run_all(going, [refused], "echo because; exit 2 # {command}", ["one"], notes.append)
+    assert not refused.done
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_stops_goes_on_and_writes_its_best_as_a_recipe(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    out = tmp_path / "sweep"
+    words = [str(written), "--optim.peak-lr", "1e-6,1e-2", "--seed", "3", "--out", str(out)]
+    assert sweep(*words, "--dry-run") == 0
+    assert capsys.readouterr().out == "--optim.peak-lr 1e-6\n--optim.peak-lr 1e-2\n"
+    assert sweep(*words) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2," in said
+    assert "best: --optim.peak-lr 1e-2" in said
+    for name in ("best.py", "sweep.png", "sweep.json", "comparison/report.html", "trial-001/metrics.jsonl"):
+        assert (out / name).stat().st_size > 100
+    best = recipe.load(out / "best.py")
+    assert (best.optim.peak_lr, best.seed, best.steps, best.run_dir) == (1e-2, 3, 8, "runs/best")
+    kept = json.loads((out / "sweep.json").read_text())
+    assert kept["trials"][1]["score"] < kept["trials"][0]["score"]
+    # As a kill before the second score leaves it.
+    kept["trials"][1]["score"] = None
+    (out / "sweep.json").write_text(json.dumps(kept))
+    before = os.stat(out / "trial-001" / "metrics.jsonl").st_mtime_ns
+    assert sweep(*words) == 0
+    assert "1 of 2 trials are done already" in capsys.readouterr().out
+    assert os.stat(out / "trial-001" / "metrics.jsonl").st_mtime_ns == before
+    assert sweep(*words, "--metric", "loss") == 2
+    assert "holds another sweep" in capsys.readouterr().err
