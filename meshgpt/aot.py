@@ -199,8 +199,9 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
     text = compiled.as_text() or ""
     found = tuple(hlo.collectives(text, {axis: getattr(run.mesh, axis) for axis in mesh.axis_names}))
     with jax.set_mesh(mesh):
-        shapes = {name: leaf.shape for name, leaf in leaves_with_names(program.abstract().params)}
+        shapes = {name: leaf.shape for name, leaf in leaves_with_names(program.model.abstract_params())}
     flops = scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
+    flops = round(flops * run.trainable.work(run.model.n_layers))
     proof = Proof(
         run=run, topology=topology, mesh=run.mesh, memory=memory, collectives=found, kernel=_kernel(text),
         flops_per_token=flops, estimate=_estimate(run, topology, flops, found),

@@ -246,7 +246,8 @@ def test_a_run_changes_its_optimizer_schedule_and_batch_on_the_way(here: runs.He
     # What was said once need not be said again.
     assert go(12, eight, "--global-batch", 24).code == 0
     four = "AdamW4bit(peak_lr=1e-3, warmup_steps=0, schedule=Constant())"
-    assert go(15, four, "--global-batch", 24, "--resume-with-changes").code == 0
+    halves = ("--precision.compute", "float16")
+    assert go(15, four, "--global-batch", 24, "--resume-with-changes", *halves).code == 0
     last = "AdamW(peak_lr=5e-4, warmup_steps=0, schedule=Constant())"
     ended = go(20, last, "--global-batch", 24, "--resume-with-changes", "--precision.params", "bfloat16")
     assert "parameters: now in bfloat16" in ended.out, ended
@@ -257,6 +258,7 @@ def test_a_run_changes_its_optimizer_schedule_and_batch_on_the_way(here: runs.He
     assert np.isfinite(losses).all()
     assert max(np.diff(losses)[4:]) < 0.4  # no jump where the optimizer changes
     assert rows[20]["skipped_steps"] == 0
+    assert [step for step, row in rows.items() if "loss_scale" in row] == [13, 14, 15]
     # Sequences go on where they were: 5 x 8, then 24 a step.
     assert [rows[step]["tokens"] for step in (5, 6, 20)] == [40 * 32, 64 * 32, (40 + 15 * 24) * 32]
     record = json.loads((run / "run.json").read_text())

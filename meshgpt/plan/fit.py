@@ -86,9 +86,8 @@ def measured(runs: Sequence[Facts], which: Literal["auto", "final", "all"], coun
             kept &= steps >= _SETTLED * run.run.steps
         else:
             kept &= steps == steps[kept].max()
-        per_step = run.run.global_batch * run.run.sequence_length
         table += [
-            (size(run, count), step * per_step, loss, index)
+            (size(run, count), run.tokens_by(int(step)), loss, index)
             for step, loss in zip(steps[kept], losses[kept], strict=True)
         ]
     n, d, loss, of = (np.array(column) for column in zip(*table, strict=True))
@@ -109,7 +108,7 @@ def fitted(points: Points, resamples: int) -> Fit:
 
 def predict(found: Fit, run: Facts, count: Counting) -> Prediction:
     """What the law says of a run at its last planned step, and what came out if it got there."""
-    n, d = size(run, count), run.run.steps * run.run.global_batch * run.run.sequence_length
+    n, d = size(run, count), run.tokens_by(run.run.steps)
     low, high = found.interval(n, d)
     done = run.finished and run.last("val_loss") is not None
     return Prediction(
