@@ -107,10 +107,11 @@ def part(asked: argparse.Namespace) -> None:
                 saver.wait()
                 found["seconds"] = time.monotonic() - begun
             else:
-                begun = time.monotonic()
+                before, begun = characters_read(), time.monotonic()
                 if saver.latest() != STEP:
                     raise RuntimeError("the checkpoint is not intact")
                 found["digests_seconds"] = time.monotonic() - begun
+                found["digests_read"] = characters_read() - before
                 before, begun = characters_read(), time.monotonic()
                 jax.block_until_ready(saver.restore(STEP, abstract))
                 found["seconds"] = time.monotonic() - begun
@@ -168,7 +169,8 @@ def main() -> None:
     for one in restored:
         print(
             f"restore  process {one['process']}: needs {one['share'] / 1e6:,.1f} MB, read {one['read'] / 1e6:,.1f} MB "
-            f"({one['read'] / one['share']:.3f}) in {one['seconds']:.1f} s; digests {one['digests_seconds']:.1f} s"
+            f"({one['read'] / one['share']:.3f}) in {one['seconds']:.1f} s; digests: "
+            f"{one['digests_read'] / 1e6:,.1f} MB in {one['digests_seconds']:.1f} s"
         )
     result = {"on_disk": on_disk, "saved": saved, "restored": restored}
     (asked.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -37,6 +37,7 @@ _LONG_WAIT_SECONDS = 1.0
 _LEAVING_SECONDS = 5.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NONE, _DAMAGED = -1, -2  # in place of a step, where process 0 tells the others
+_VERIFY, _RESULT = 0, 1  # what process 0 tells the others: a step to verify with it, or what came of all
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -65,7 +66,7 @@ class Checkpointing:
 class Checkpointer:
     """The one writer of a checkpoint folder. Readers use `latest_step`, `restore_params` and `read_metadata`.
 
-    With several processes each calls every method; process 0 checks and writes the digests and deletes old steps.
+    With several processes each calls every method; process 0 writes the digests and deletes old steps, all check them.
     """
 
     def __init__(self, folder: Path, config: Checkpointing, *, report: Callable[[str], None]):
@@ -136,20 +137,24 @@ class Checkpointer:
     def latest(self) -> int | None:
         """The newest intact step, or None in a fresh folder. Each newer one is reported with its damaged file.
 
-        Process 0 reads every byte of the step once.
+        Every byte of the step is read once, by the processes together.
 
         Raises:
             UserError: steps were completed here and not one of them is intact.
         """
         self.wait()
-        newest, problem = _NONE, UserError("no intact checkpoint: process 0 has the reason")
-        if jax.process_index() == 0:
+        problem = UserError("no intact checkpoint: process 0 has the reason")
+
+        def find() -> int:
+            nonlocal problem
             try:
-                found, self._damaged = _find_intact(self._folder, self._report)
-                newest = _NONE if found is None else found
+                found, self._damaged = _find_intact(self._folder, self._report, _verify_together)
+                return _NONE if found is None else found
             except UserError as error:
-                newest, problem = _DAMAGED, error
-        newest = _from_process_0(newest)
+                problem = error
+                return _DAMAGED
+
+        newest = _led(self._folder, find)
         self._verified = {newest}
         if newest == _DAMAGED:
             raise problem
@@ -198,14 +203,19 @@ class Checkpointer:
             self._orbax.close()
 
     def _verify(self, step: int) -> None:
-        damage = ""
-        if jax.process_index() == 0:
+        damage = "process 0 has the reason"
+
+        def verify() -> int:
+            nonlocal damage
             try:
-                digests.verify(self._folder / str(step))
+                _verify_together(self._folder / str(step))
             except digests.DamagedError as error:
                 damage = str(error)
-        if _from_process_0(_DAMAGED if damage else step) == _DAMAGED:
-            raise _damaged_step(self._folder, step, damage or "process 0 has the reason")
+                return _DAMAGED
+            return step
+
+        if _led(self._folder, verify) == _DAMAGED:
+            raise _damaged_step(self._folder, step, damage)
         self._verified.add(step)
 
     def _finish(self, step: int) -> None:
@@ -230,7 +240,7 @@ class Checkpointer:
 
 def latest_step(folder: Path, report: Callable[[str], None]) -> int | None:
     """`Checkpointer.latest` for a reader: changes nothing in `folder`, which a run may be writing to."""
-    return _find_intact(folder.absolute(), report)[0]
+    return _find_intact(folder.absolute(), report, digests.verify)[0]
 
 
 def restore_params(folder: Path, step: int, abstract_params: Tree) -> Tree:
@@ -253,13 +263,15 @@ def read_metadata(folder: Path, step: int) -> dict[str, JSON]:
         raise UserError(f"{path} cannot be read ({error}): is {folder} the checkpoints folder of a run?") from error
 
 
-def _find_intact(folder: Path, report: Callable[[str], None]) -> tuple[int | None, set[int]]:
+def _find_intact(
+    folder: Path, report: Callable[[str], None], verify: Callable[[Path], None]
+) -> tuple[int | None, set[int]]:
     """The newest intact step, and the newer ones that were passed over."""
     passed_over: dict[int, str] = {}
     for step in reversed(_present(folder)):
         try:
             _announce_long_check(folder / str(step), report)
-            digests.verify(folder / str(step))
+            verify(folder / str(step))
         except digests.DamagedError as damage:
             passed_over[step] = str(damage)
             report(f"checkpoint {folder / str(step)} is passed over: {damage}")
@@ -353,7 +365,36 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _from_process_0(value: int) -> int:
+def _led(folder: Path, work: Callable[[], int]) -> int:
+    """What `work` gives on process 0, on all of them; the others help wherever it calls `_verify_together`."""
     if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return work()
+    if jax.process_index() == 0:
+        result = work()
+        multihost_utils.broadcast_one_to_all(np.array([_RESULT, result], np.int32))
+        return result
+    while True:
+        kind, number = multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)).tolist()
+        if kind == _RESULT:
+            return number
+        _verify_part(folder / str(number))
+
+
+def _verify_together(step_folder: Path) -> None:
+    """`digests.verify` on process 0, within `_led`: each process reads a part of the files."""
+    if jax.process_count() > 1:
+        multihost_utils.broadcast_one_to_all(np.array([_VERIFY, int(step_folder.name)], np.int32))
+        if _verify_part(step_folder):
+            return
+    # Alone; or for the words of what is wrong, unless another host was only late to see the newest files.
+    digests.verify(step_folder)
+
+
+def _verify_part(step_folder: Path) -> bool:
+    """Whether no process found damage in its part."""
+    try:
+        digests.verify(step_folder, (jax.process_index(), jax.process_count()))
+        damaged = False
+    except digests.DamagedError:
+        damaged = True
+    return not multihost_utils.process_allgather(np.array(damaged)).any()

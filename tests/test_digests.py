@@ -143,3 +143,27 @@ def test_the_manifest_appears_whole_or_not_at_all(folder: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="the power fails"):
         digests.write_manifest(folder)
     assert digests.manifest_path(folder).read_bytes() == before
+
+
+def test_the_parts_read_each_file_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    files = ["a", "params/b", "params/d/c", "params/empty"]
+    for name in files[:3]:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        finders = []
+        for index in range(3):
+            try:
+                digests.verify(folder, (index, 3))
+            except digests.DamagedError as damage:
+                assert str(damage) == f"{name} does not match its digest"  # noqa: PT017 (it is raised by one of three)
+                finders.append(index)
+        assert len(finders) == 1, name
+        (folder / name).write_bytes(content)
+    read: list[str] = []
+    digest = digests._digest
+    monkeypatch.setattr(
+        digests, "_digest", lambda path, durable: read.append(path.name) or digest(path, durable=durable)
+    )
+    for index in range(3):
+        digests.verify(folder, (index, 3))
+    assert sorted(read) == ["a", "b", "c", "empty"]
