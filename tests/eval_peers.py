@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import lm_eval
+import lm_eval.tasks
 import numpy as np
+import pytest
 import tiny
 
 from meshgpt import hf, wrap_up
@@ -40,6 +42,13 @@ def quick_to_compile() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def only_local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`harness.open_tasks` without the harness's own 14,000, whose files take seconds to read."""
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    )
 
 
 def silent(label: str, done: int, total: int | None) -> None:

@@ -34,7 +34,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_runs_results_go_to_its_folder_and_into_its_report(here: Here, finished: Path, data: Path, tmp_path: Path):
+def test_a_runs_results_go_to_its_folder_and_into_its_report(
+    here: Here, finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    eval_peers.only_local_tasks(monkeypatch)
     run = runs.copied(finished, tmp_path / "run")
     ended = here.cli("eval", run, "--choices", data / "choices.jsonl", "--tasks", "local_sciq",
                      "--tasks-path", data / "tasks", "--limit", 5)  # fmt: skip

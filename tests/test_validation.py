@@ -30,8 +30,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Path:
 
 @pytest.mark.slow
 def test_a_run_measures_what_is_named_and_learns_as_without(
-    workshop: Workshop, here: Here, finished: Path, data: Path, tmp_path: Path
+    workshop: Workshop, here: Here, finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    eval_peers.only_local_tasks(monkeypatch)
     run = tmp_path / "run"
     ended = here.train(
         workshop.recipe(tmp_path), "--run-dir", run, "--eval-batches", 0, "--log-every", 4,
