@@ -13,6 +13,7 @@ from meshgpt.trees import Tree
 
 MARGIN = 0.05  # of a device's memory: what allocators lose, and below which XLA begins to recompute in silence
 _GIB = 1 << 30
+_REMEDY = "`meshgpt plan memory RECIPE` with the same flags compiles what would make it fit, and ranks it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,23 @@ def device_limit(device: jax.Device) -> int | None:
     return None if stats is None else stats.get("bytes_limit")
 
 
+def compile_fitting(program: Program, step: Any, *arguments: Tree) -> jax.stages.Compiled:
+    """`step`, the jitted train step, compiled for these arguments, once it is known that the devices have the room.
+
+    Raises:
+      UserError: they have not, with the account where the compiler gives one.
+    """
+    try:
+        compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = str(error).strip().splitlines()[0][:300]
+        raise UserError(f"this run does not fit a device's memory: {told}\n{_REMEDY}") from error
+    check_fits(program, compiled)
+    return compiled
+
+
 def check_fits(program: Program, compiled: jax.stages.Compiled) -> None:
     """Looks before the first step whether the devices of this process have the room.
 
@@ -126,5 +144,5 @@ def check_fits(program: Program, compiled: jax.stages.Compiled) -> None:
         raise UserError(
             f"this run does not fit a device's memory ({(found.peak - limit) / _GIB:.2f} GiB too much). "
             f"GiB, by the compiler's account:\n{found.table()}\n"
-            "`meshgpt plan memory RECIPE` with the same flags compiles what would make it fit, and ranks it"
+            f"{_REMEDY}"
         )

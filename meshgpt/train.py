@@ -21,9 +21,11 @@ import numpy as np
 from meshgpt import hosts, recipe, runtime, scaling
 from meshgpt.axes import make_mesh
 from meshgpt.checkpoint import Checkpointer
+from meshgpt.clock import COMPILING, DATA, Clock
 from meshgpt.config import Run, differences, to_json
 from meshgpt.errors import UserError, exit_code
 from meshgpt.feed import Feed
+from meshgpt.footprint import compile_fitting
 from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
@@ -141,27 +143,33 @@ def run_steps(
     if run.data.mask_documents and first < run.steps:
         _prove_isolation(loop, feed, state)
     figures = Figures(loop, folder, first, replicas, pulse)
-    batches = loop.data.batches.iterate(first, run.steps, feed.rows)
+    clock, step_fn = Clock(), None
+    batches = clock.waited(iter(loop.data.batches.iterate(first, run.steps, feed.rows)), DATA)
     with stop_requests() as stop, figures.open():
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
             batch = feed.place(tokens)
+            if step_fn is None:
+                with clock.on(COMPILING):
+                    step_fn = compile_fitting(loop.program, loop.train_step, state, loop.frozen, batch, weights)
             with pulse.waiting():
-                state, metrics = loop.train_step(state, loop.frozen, batch, weights)
+                state, metrics = step_fn(state, loop.frozen, batch, weights)
             figures.add(step, metrics)
             if loop.validation.due(step):
-                with figures.evaluating(step) as log:
+                with figures.evaluating(step) as log, clock.on(EVALUATING):
                     log(loop.validation.figures(step, state.params, loop.frozen))
             saves = step % run.checkpointing.every == 0 and step < run.steps
             if saves or replicas.due(step):
                 figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
                 replicas.compare(step, state.items())
             if saves:
-                with pulse.busy(SAVING):
+                with pulse.busy(SAVING), clock.on(SAVING):
                     checkpoints.save(step, state.items(), loop.metadata)
             if stop(step) or figures.diverged:
                 break
         figures.flush()
+    if int(state.step) > first and jax.process_index() == 0:
+        _say(str(clock))
     if figures.diverged:
         replicas.compare(int(state.step), state.items())
         checkpoints.save(int(state.step), state.items(), loop.metadata)
