@@ -61,13 +61,13 @@ class Evals:
     """Solved examples before each question of a task; by default what the task says, or none."""
     limit: int = 0
     """Only the first so many questions of each file and task; 0 takes all."""
+    max_gen_toks: int = 0
+    """Most tokens of a generated answer; 0 is what the task says."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.limit < 0 or (self.num_fewshot or 0) < 0:
-            raise UserError(
-                f"--evals.every {self.every}, --evals.limit {self.limit}, --evals.num-fewshot {self.num_fewshot}: "
-                "these cannot be negative"
-            )
+        for name in ("every", "limit", "num_fewshot", "max_gen_toks"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--evals.{name.replace('_', '-')} {getattr(self, name)}: this cannot be negative")
         names = [self.store_name(store) for store in self.stores]
         for store, name in zip(self.stores, names, strict=True):
             if not re.fullmatch(r"[\w.-]+", name) or not store.partition("=")[2]:

@@ -113,7 +113,10 @@ class Validation:
         if self.tasks:
             # The harness's bars of what it prepares would break the run's own line.
             with contextlib.redirect_stderr(io.StringIO()):
-                ran = harness.run(scorer, self.tokenizer, self.tasks, _silent, limit=self.run.evals.limit or None)
+                ran = harness.run(
+                    scorer, self.tokenizer, self.tasks, _silent,
+                    limit=self.run.evals.limit or None, max_gen_toks=self.run.evals.max_gen_toks,
+                )  # fmt: skip
             found = results.merged(found, ran)
         if jax.process_index() == 0:
             results.save(self.folder.evals / f"{step}.json", found)

@@ -85,7 +85,7 @@ def test_a_run_measures_what_is_named_and_learns_as_without(
         (("--evals.choices", "{data}/long.jsonl"), "tokens, and the model's context is 32: it cannot be scored"),
         (("--evals.stores", "x={data}/other"), "tokenizer"),
         (("--evals.stores", "here"), "--evals.stores 'here': give NAME=FOLDER"),
-        (("--evals.every", "-1"), "these cannot be negative"),
+        (("--evals.every", "-1"), "--evals.every -1: this cannot be negative"),
     ],
 )
 def test_what_is_not_there_is_refused_before_the_first_step(

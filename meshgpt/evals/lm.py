@@ -103,7 +103,7 @@ class Answers:
         if room < 1:
             raise UserError(
                 f"a task asks for up to {wanted} generated tokens, and the model's context is {self._scorer.context}: "
-                f"give --max-gen-toks {max(1, self._scorer.context // 2)} or another below the context"
+                f"give --max-gen-toks {max(1, self._scorer.context // 2)} (of a run --evals.max-gen-toks), or another"
             )
         sampling = Sampling(
             max_new_tokens=wanted,
