@@ -20,6 +20,7 @@ from meshgpt.generate import Sampling, generate_text
 from meshgpt.imported import import_model
 from meshgpt.precision import Float, Precision
 from meshgpt.tracker import progress_bar
+from meshgpt.trainable import plain
 from meshgpt.trained import open_adapters, open_trained
 
 _FLAGS = (tyro.conf.AvoidSubcommands,)
@@ -78,7 +79,7 @@ class ExportArguments:
     """A run as a Hugging Face folder, reopened from disk and compared with the live model before it gets its name."""
 
     source: Source
-    """A run's folder."""
+    """A run's folder, an imported one, or a quantized Hugging Face folder, which is dequantized."""
     out: Path
     """The folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -115,7 +116,7 @@ def export(arguments: Sequence[str]) -> None:
         trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
         tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
         verdict = hf.export(
-            trained.params,
+            plain(trained.params),  # of a quantized folder, dequantized
             trained.model.config,
             trained.tokenizer,
             asked.out,

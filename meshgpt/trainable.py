@@ -115,7 +115,7 @@ class LastLayers(Part):
 
         joined = self.joined(params, frozen, None)
         blocks = jax.tree.map(whole, joined["blocks"], is_leaf=lambda leaf: isinstance(leaf, Parts))
-        return _plain(joined | {"blocks": blocks})
+        return plain(joined | {"blocks": blocks})
 
     def work(self, layers: int) -> float:
         return (1 + 2 * self.layers / layers) / 3
@@ -205,7 +205,7 @@ class LoRA(Part):
         return _with_adapters(frozen["base"], params, low_rank)
 
     def merged(self, params: Tree, frozen: Tree) -> Tree:
-        return _plain(self.joined(params, frozen, None))
+        return plain(self.joined(params, frozen, None))
 
     def work(self, layers: int) -> float:
         return 2 / 3  # the gradients of the frozen matrices are left out; the adapters' own are next to nothing
@@ -245,7 +245,7 @@ def _paired(first: Any, last: Any) -> Any:
     return Parts(first, last)
 
 
-def _plain(tree: Tree) -> Tree:
+def plain(tree: Tree) -> Tree:
     """Every `Weight` of a tree as the array that it stands for."""
     return jax.tree.map(lambda leaf: _dense(leaf, jnp.dtype("float32")), tree, is_leaf=lambda x: isinstance(x, Weight))
 

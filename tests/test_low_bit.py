@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 from meshgpt import bnb
@@ -131,6 +132,21 @@ def test_eval_and_generate_read_it(here: runs.Here, low: Path, tmp_path: Path) -
     texts = [here.cli("generate", low, *greedy, *flags) for flags in ((), mesh)]
     assert all(ended.code == 0 for ended in texts)
     assert texts[0].out == texts[1].out
+
+
+def test_export_dequantizes_it(here: runs.Here, low: Path, tmp_path: Path) -> None:
+    ended = here.cli("export", low, "--out", tmp_path / "out")
+    assert ended.code == 0, ended
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    stored = safetensors.numpy.load_file(low / "model.safetensors")
+    name = "transformer.h.1.mlp.c_proj.weight"
+    state = json.loads(stored[f"{name}.quant_state.bitsandbytes__nf4"].tobytes())
+    nested = bnb.Nested(
+        codes_K=stored[f"{name}.absmax"], absmax=stored[f"{name}.nested_absmax"], offset=state["nested_offset"]
+    )
+    absmax = bnb.unnest(nested, bnb.nested_values(), 256)
+    dense = bnb.unpack4(stored[name].ravel(), absmax, "nf4", 64).reshape(state["shape"]).T
+    np.testing.assert_array_equal(found[name], dense)
 
 
 def test_adapters_are_trained_beside_it(here: runs.Here, workshop: runs.Workshop, low: Path, tmp_path: Path) -> None:
