@@ -9,7 +9,8 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -152,6 +153,22 @@ def _gpu_target(gpu: Gpu) -> str:
     return text.replace("\n", " ")
 
 
+@contextmanager
+def _capability_of(topology: Topology) -> Iterator[None]:
+    """Lets cuDNN's attention be judged by the GPUs that are compiled for: JAX 0.10 asks those of this machine."""
+    if topology.is_tpu:
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    real, theirs = cudnn.check_compute_capability, GPUS[topology.generation].capability
+    cudnn.check_compute_capability = lambda asked: theirs >= tuple(map(int, asked.split(".")))
+    try:
+        yield
+    finally:
+        cudnn.check_compute_capability = real
+
+
 def peak(topology: Topology) -> float:
     """FLOP/s of one device in 16 bits."""
     kind = f"TPU {topology.generation}" if topology.is_tpu else GPUS[topology.generation].kind
@@ -176,7 +193,7 @@ def compile_for(run: Run, topology: Topology, *, hbm: int | None = None) -> Comp
     run = dataclasses.replace(run, precision=run.precision.resolve("tpu" if topology.is_tpu else "gpu"), mesh=shape)
     limit = min(topology.memory, hbm or topology.memory)
     mesh = make_mesh(shape, devices)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _capability_of(topology):
         program = Program(run=run, document_end=0 if run.data.mask_documents else None)
         try:
             compiled = program.lower().compile(compiler_options=_options(hbm if topology.is_tpu else None))
