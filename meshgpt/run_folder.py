@@ -69,6 +69,14 @@ class RunFolder:
         """Says that everything that a run leaves at its end is there, as of `step`."""
         self._write_record(self._read_record() | {"finished_step": step})
 
+    def diverged_step(self) -> int | None:
+        """The step at which the run gave up, as `mark_diverged` has it; None where it did not, or was started again."""
+        return self._read_record().get("diverged_step") if self.record.is_file() else None
+
+    def mark_diverged(self, step: int) -> None:
+        """Says that the run gave up at `step`, since its losses or gradients were not finite."""
+        self._write_record(self._read_record() | {"diverged_step": step})
+
     def _read_record(self) -> dict[str, Any]:
         if not self.record.is_file():
             raise UserError(f"{self.path} holds no run: there is no {self.record.name} in it")

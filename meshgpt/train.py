@@ -172,8 +172,11 @@ def run_steps(
         _say(str(clock))
     if figures.diverged:
         replicas.compare(int(state.step), state.items())
-        checkpoints.save(int(state.step), state.items(), loop.metadata)
-        checkpoints.wait()
+        with pulse.busy(SAVING):
+            checkpoints.save(int(state.step), state.items(), loop.metadata)
+            checkpoints.wait()
+        if jax.process_index() == 0:
+            folder.mark_diverged(int(state.step))
         raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
     return state, int(state.step) < run.steps
 
@@ -251,7 +254,8 @@ class Figures:
         self._pulse.beat(step)
         self._replicas.compare_gradients(step, fetched.pop("inspected", None))
         values: dict[str, Any] = {name: float(value) for name, value in fetched.items()}
-        self.diverged = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
+        why = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
+        self.diverged = self.diverged or why  # the step under way when it was found may be a good one
         values["skipped_steps"] = int(values["skipped_steps"])
         if self._logs(step):
             values |= {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}

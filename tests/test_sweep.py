@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,85 @@ def test_a_template_reaches_its_hosts_and_a_failure_is_kept(tmp_path: Path):
     with pytest.raises(UserError, match=r"trial-005 \(--a 5\) is refused: because"):
         runner.run_all(going, [refused], "echo because; exit 2 # {command}", ["one"], notes.append)
     assert not refused.done
+
+
+class Ran:
+    """`_train` without training: the exit code of each trial, and what its folder then holds."""
+
+    def __init__(self, code: int, rows: list[dict], record: dict) -> None:
+        self.code, self.rows, self.record = code, rows, record
+
+    def __call__(self, sweep: Sweep, trial: Trial, *others: object) -> tuple[int, str]:
+        run_dir = sweep.run_dir(trial)
+        run_dir.mkdir(parents=True)
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        (run_dir / "run.json").write_text(json.dumps({"run": {}} | self.record))
+        return self.code, "words"
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "record", "failed"),
+    [
+        (2, {"loss": 3.0}, {"diverged_step": 1234}, "diverged by step 1,234"),
+        (0, {"val_loss": None}, {"finished_step": 2}, "val_loss is nan"),
+        (0, {"val_loss": 2.5}, {"finished_step": 2}, ""),
+        (3, {"loss": 3.0}, {}, "exit code 3: words"),
+    ],
+)
+def test_what_becomes_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, last: dict, record: dict, failed: str
+):
+    going = Sweep(tmp_path / "s", plan(method="grid", count=2))
+    going.trials = [Trial(number=1, point=(("--a", "1"),)), Trial(number=2, point=(("--a", "2"),))]
+    monkeypatch.setattr(runner, "_train", Ran(code, [{"step": 1, "val_loss": 3.5}, {"step": 2} | last], record))
+    runner.run_all(going, going.trials, "", [], lambda text: None)
+    assert [(trial.failed, trial.score) for trial in going.trials] == [(failed, None if failed else 2.5)] * 2
+
+
+def test_a_metric_that_is_not_there_stops_at_the_first_trial_and_may_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    going = Sweep(tmp_path / "s", plan(method="grid", count=2, metric="val_los"))
+    going.trials = [Trial(number=1, point=(("--a", "1"),)), Trial(number=2, point=(("--a", "2"),))]
+    going.save()
+    monkeypatch.setattr(runner, "_train", Ran(0, [{"step": 1, "val_loss": 3.5, "loss": 1.0}], {"finished_step": 1}))
+    with pytest.raises(UserError, match="trial-001 has no val_los: give as --metric one of loss, val_loss"):
+        runner.run_all(going, going.trials, "", [], lambda text: None)
+    assert not (tmp_path / "s" / "trial-002").exists()
+    assert Sweep(tmp_path / "s", plan(method="grid", count=2)).trials == going.trials
+
+
+def test_what_breaks_in_a_thread_is_not_taken_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    going = Sweep(tmp_path / "s", plan(method="grid", count=1))
+    going.add(Trial(number=1, point=(("--a", "1"),)))
+
+    def full(*given: object) -> tuple[int, str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "_train", full)
+    with pytest.raises(OSError, match="No space left"):
+        runner.run_all(going, going.trials, "", [], lambda text: None)
+
+
+def test_the_trial_of_a_lost_host_is_trained_on_another(tmp_path: Path):
+    going = Sweep(tmp_path / "s", plan(method="grid", count=3))
+    for number in range(1, 4):
+        going.add(Trial(number=number, point=(("--a", str(number)),)))
+    template = "[[ {host} == lost ]] && exit 255; sleep 0.2; exit 7 # {command}"
+    runner.run_all(going, going.trials, template, ["lost", "kept"], lambda text: None)
+    assert all(trial.failed.startswith("exit code 7") for trial in going.trials)
+    going.add(Trial(number=4, point=(("--a", "4"),)))
+    with pytest.raises(UserError, match="1 trials are left and no host"):
+        runner.run_all(going, going.trials, template, ["lost"], lambda text: None)
+
+
+@pytest.mark.parametrize("template", ["{command}", "bash -c '{command}'", 'bash -c "{command}"', "e='a' {command}"])
+def test_a_command_is_read_as_it_is_wherever_the_template_has_it(template: str):
+    words = ["a b", "it's", '"$HOME" `x` \\', "", "*"]
+    command_line = [sys.executable, "-c", "import sys; print(sys.argv[1:])", *words]
+    line = runner.filled(template, "h", command_line)
+    said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert said == f"{words}\n"
 
 
 @pytest.mark.slow

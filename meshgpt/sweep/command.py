@@ -47,6 +47,7 @@ def sweep(arguments: Sequence[str]) -> None:
     plan = Plan(
         recipe=rest[0], fixed=fixed, axes=tuple(f"{axis.flag} {','.join(axis.values)}" for axis in axes),
         method=asked.method, count=len(points), seed=asked.seed_of_draw, metric=asked.metric, maximize=asked.maximize,
+        eta=asked.eta if asked.method == "halving" else 0,
     )  # fmt: skip
     going = Sweep(folder, plan)
     rungs = _rungs(asked, run.steps, len(points))

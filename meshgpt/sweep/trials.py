@@ -47,7 +47,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What decides a sweep; the same plan in the same folder goes on where it stopped."""
+    """What decides a sweep; the same plan in the same folder goes on where it stopped. eta: of successive halving."""
 
     recipe: str
     fixed: tuple[str, ...]
@@ -57,6 +57,7 @@ class Plan:
     seed: int
     metric: str
     maximize: bool
+    eta: int = 0
 
 
 class Sweep:
@@ -86,6 +87,8 @@ class Sweep:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{record} is damaged ({error!r}): give another --out") from error
         new = json.loads(json.dumps(dataclasses.asdict(self.plan)))
+        if not any(trial.done for trial in self.trials):  # nothing was compared by it yet
+            old = old | {name: new[name] for name in ("metric", "maximize")}
         changed = [name for name in new if old.get(name) != new[name]]
         if changed:
             name = changed[0]
