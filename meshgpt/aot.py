@@ -137,8 +137,9 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
         return jax_topologies.get_topology_desc(name, "tpu", **options).devices
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         extra = "tpu" if topology.is_tpu else "cuda12"
+        said = (str(error) or repr(error)).splitlines()[0][:200]
         raise UserError(
-            f"--topology {topology.name}: the compiler for it cannot be loaded ({str(error).splitlines()[0][:200]}). "
+            f"--topology {topology.name}: the compiler for it cannot be loaded ({said}). "
             f"It comes with the extra: pip install 'meshgpt[{extra}]'"
         ) from error
 
