@@ -85,6 +85,21 @@ def test_changes_are_those_that_the_run_does_not_have_yet():
             assert change.run.optim == AdamW8bit(warmup_steps=2, peak_lr=3e-3, b1=0.8)
 
 
+def test_changes_are_combined_past_those_that_cannot_be_done():
+    def compiled(run: Run) -> footprint.Footprint:
+        if run.accumulate > 1:  # as where the rows have to be divided among devices
+            raise UserError("no such mesh")
+        peak = 100 - 40 * (run.execution.remat == "named") - 40 * isinstance(run.optim, AdamW8bit)
+        return footprint.Footprint(
+            parameters=1, frozen=0, gradients=1, optimizer=1, arguments=1, peak=peak, limit=30
+        )  # fmt: skip
+
+    said: list[str] = []
+    tried = list(memory.search(small(), memory.Target(name="x", limit=30, compile=compiled), 8, said.append))
+    assert (tried[-1].change.how, tried[-1].fits) == ("--execution.remat named, optim=AdamW8bit(...)", True)
+    assert "cannot be done here: --accumulate 4" in said[0]
+
+
 @pytest.mark.parametrize(("text", "size"), [("12GiB", 12 * 2**30), ("80GB", 80 * 10**9), ("1.5 mib", 3 * 2**19)])
 def test_sizes(text: str, size: int):
     assert memory.size(text) == size

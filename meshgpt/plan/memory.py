@@ -104,7 +104,12 @@ def _here(limit: int | None) -> Target:
         check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
         with jax.set_mesh(mesh):
             program = Program(run=run, document_end=0 if run.data.mask_documents else None)
-            return measure(program, program.lower().compile(), limit)
+            try:
+                return measure(program, program.lower().compile(), limit)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise aot.TooLargeError(f"it does not fit: {error}") from error
 
     note = "; a GPU needs less, as its attention is fused: --topology" if device.platform == "cpu" else ""
     return Target(name=f"this machine's {device.device_kind}{note}", limit=limit, compile=compile_here)
@@ -128,26 +133,29 @@ def _account(run: Run, target: Target) -> tuple[Footprint | None, float | None]:
 def search(run: Run, target: Target, tries: int, say: Callable[[str], None]) -> Iterator[Tried]:
     """Changes that were compiled: each alone, and then, where none is enough, one on top of the other."""
     alone = list(changes(run))[:tries]
-    enough = False
+    enough, impossible = False, set[str]()
     begun = time.monotonic()
     for number, change in enumerate(alone, start=1):
         one = _try(change, target)
         left = (time.monotonic() - begun) / number * (len(alone) - number)
         said = "tried" if one else "cannot be done here"
         say(f"  {number} of {len(alone)}, {left:.0f} s to go: {said}: {change.how}")
-        if one is not None:
+        if one is None:
+            impossible.add(change.how)
+        else:
             enough = enough or one.fits
             yield one
-    kept = alone[0] if alone else None
+    kept = next((change for change in alone if change.how not in impossible), None)
     while kept is not None and not enough:
-        more = next((one for one in changes(kept.run) if one.how not in kept.how), None)
+        more = next((one for one in changes(kept.run) if one.how not in {*kept.how.split(", "), *impossible}), None)
         if more is None:
             return
-        kept = Change(f"{kept.how}, {more.how}", f"{kept.cost}; {more.cost}", more.run)
-        one = _try(kept, target)
+        both = Change(f"{kept.how}, {more.how}", f"{kept.cost}; {more.cost}", more.run)
+        one = _try(both, target)
         if one is None:
-            return
-        enough = one.fits
+            impossible.add(more.how)
+            continue
+        kept, enough = both, one.fits
         say(f"  tried together: {kept.how}")
         yield one
 
@@ -214,9 +222,8 @@ def ranked(tried: Sequence[Tried]) -> str:
 
 
 def _verdict(peak: float | None, limit: int | None) -> str:
-    assert limit is not None
-    if peak is None:
-        return f"it does not fit into {limit / _GIB:.2f} GiB; trying what would:"
+    if peak is None or limit is None:
+        return f"it does not fit{'' if limit is None else f' into {limit / _GIB:.2f} GiB'}; trying what would:"
     short = (peak - limit) / _GIB
     by = f"{short:.2f} GiB too much" if short > 0 else "less than 5% would be left, which allocators need"
     return f"it does not fit: {peak / _GIB:.2f} of {limit / _GIB:.2f} GiB, {by}. Trying what would:"
