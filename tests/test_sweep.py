@@ -13,6 +13,7 @@ import pytest
 from meshgpt import cli, recipe
 from meshgpt.errors import UserError
 from meshgpt.sweep import command, runner
+from meshgpt.sweep.outcome import as_recipe
 from meshgpt.sweep.space import at_random, grid, split
 from meshgpt.sweep.trials import Plan, Sweep, Trial
 
@@ -92,17 +93,33 @@ def test_bad_axes_are_named(words: list[str], said: str):
         (["--optim.peak-lr", "1e-3,2e-3", "--trials", "3"], "--trials is for"),
         (["--optim.peak-lr", "1e-3,2e-3", "--hosts", "a"], "go together"),
         (["--optim.peak-lr", "1e-3,2e-3", "--hosts", "a", "--command", "ssh {host}"], "would train nothing"),
-        (["--global-batch", "8,0"], ""),
+        (["--global-batch", "8,0"], "--global-batch 0"),
+        (["--global-batch", "8:9:lin:3"], "8.5"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
     words: list[str], said: str, written: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     out = tmp_path / "out"
-    if said:
-        assert sweep(str(written), *words, "--out", str(out)) == 2
-        assert said in capsys.readouterr().err
-        assert not out.exists()
+    try:
+        code = sweep(str(written), *words, "--out", str(out))
+    except SystemExit as error:  # of a value of another type
+        code = error.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_texts_with_commas_are_no_axes_and_the_best_is_a_recipe_whatever_they_hold(written: Path, tmp_path: Path):
+    prompt = 'Hello, """ \\x'
+    axes, fixed = split(["--samples.prompts", prompt, "--seed", "1,2"])
+    assert [axis.flag for axis in axes] == ["--seed"]
+    assert fixed == ("--samples.prompts", prompt)
+    best = Trial(number=1, point=(("--seed", "2"),), score=1.0)
+    going = Sweep(tmp_path / "s", plan(recipe=str(written), fixed=fixed))
+    (tmp_path / "best.py").write_text(as_recipe(going, best))
+    run = recipe.load(tmp_path / "best.py")
+    assert (run.samples.prompts, run.seed) == ((prompt,), 2)
 
 
 def test_successive_halving_spends_about_the_same_on_each_rung():
@@ -144,8 +161,9 @@ def test_the_best_of_a_rung_go_on_and_the_record_survives(tmp_path: Path):
     assert again.trials == going.trials
     command.climb(again, points, [(100, 9), (300, 3), (900, 1)], train(again))
     assert seen[3:] == [[], [], []]
-    with pytest.raises(UserError, match="holds another sweep: seed was 0, now 1"):
-        Sweep(tmp_path / "s", plan(seed=1))
+    for name in ("seed", "eta"):
+        with pytest.raises(UserError, match=f"holds another sweep: {name} was 0, now 1"):
+            Sweep(tmp_path / "s", plan(**{name: 1}))
     (tmp_path / "s" / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         Sweep(tmp_path / "s", plan())

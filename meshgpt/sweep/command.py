@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshgpt import recipe
+from meshgpt.config import Run
 from meshgpt.errors import UserError
 from meshgpt.sweep.outcome import conclude
 from meshgpt.sweep.runner import run_all
@@ -15,7 +16,8 @@ from meshgpt.sweep.trials import Plan, Sweep, Trial
 _USAGE = """usage: meshgpt sweep RECIPE --FLAG VALUES [--FLAG VALUES ...] [options] [flags of the recipe]
 
 VALUES are 1e-4:1e-2:log:5 (five on a logarithmic scale), 0:0.2:lin:3, or 32,64,128. Every other flag of the recipe
-stays as given. The same command goes on where it stopped; each trial is a run of its own in the sweep's folder.
+stays as given, and so does a text with spaces. The same command goes on where it stopped; each trial is a run of its
+own in the sweep's folder.
 --method grid       every combination (the default)
 --method random     --trials N of them, drawn from the ranges
 --method halving    successive halving (Jamieson and Talwalkar 2016): all of the grid, or --trials N at random, for
@@ -39,8 +41,8 @@ def sweep(arguments: Sequence[str]) -> None:
     axes, fixed = split(rest[1:])
     if not axes:
         raise UserError(f"nothing to sweep: give a flag several values, as --optim.peak-lr 1e-4:1e-2:log:5\n{_USAGE}")
-    run = recipe.parse([rest[0], *fixed, *_first(axes)], "meshgpt sweep")  # a mistake is told before anything starts
     points = _points(asked, axes)
+    run = _checked(rest[0], fixed, points)
     folder = Path(asked.out or f"runs/sweep-{Path(rest[0].partition(':')[0]).stem}")
     if run.data.prepare is not None and not run.data.prepare.out:  # once, and not in each trial's folder
         fixed = (*fixed, "--data.prepare.out", str(folder.with_name(f"{folder.name}-data")))
@@ -95,8 +97,19 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return asked, rest
 
 
-def _first(axes: Sequence[Axis]) -> list[str]:
-    return [word for axis in axes for word in (axis.flag, axis.values[0])]
+def _checked(path: str, fixed: Sequence[str], points: Sequence[Point]) -> Run:
+    """The first point's run; a value that the recipe does not take is told now, and not when its trial begins."""
+    run = recipe.parse([path, *fixed, *_words(points[0])], "meshgpt sweep")
+    seen = set(points[0])
+    for point in points[1:]:
+        if not seen.issuperset(point):
+            seen.update(point)
+            recipe.parse([path, *fixed, *_words(point)], "meshgpt sweep")
+    return run
+
+
+def _words(point: Point) -> list[str]:
+    return [word for pair in point for word in pair]
 
 
 def _points(asked: argparse.Namespace, axes: Sequence[Axis]) -> list[Point]:

@@ -61,7 +61,7 @@ def as_recipe(sweep: Sweep, best: Trial) -> str:
     written = "".join(f"    {flag!r},\n" for flag in flags)
     return f'''"""The best of {len(sweep.trials)} trials: {sweep.plan.metric} {best.score:.4f} in {best.name}.
 
-Written by `meshgpt sweep`. `{" ".join(flags)}` are the flags of {sweep.plan.recipe} that it found.
+Written by `meshgpt sweep`: FLAGS are those that it was given for all trials, and then the values that it found.
 """
 
 import dataclasses

@@ -65,10 +65,10 @@ def split(flags: Sequence[str]) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
 
 
 def _axis(flag: str, text: str) -> Axis | None:
-    """None for a single value."""
+    """None for a single value, as a text with spaces is."""
     if ":" in text and (found := _RANGE.fullmatch(text)):
         return _range(flag, text, *found.groups())
-    if "," not in text:
+    if "," not in text or " " in text:
         return None
     values = tuple(text.split(","))
     if not all(values) or len(set(values)) < len(values):
