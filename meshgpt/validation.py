@@ -136,6 +136,9 @@ def open_validation(program: Program, mesh: Mesh, folder: RunFolder, data: RunDa
     if len(questions) < len(evals.choices):
         raise UserError(f"--evals.choices {', '.join(evals.choices)}: two files have one name; rename one")
     tasks = hosts.first_then_others(lambda: _tasks(evals), lambda: _tasks(evals)) if evals.tasks else None
+    both = sorted(questions.keys() & (tasks or {"tasks": {}})["tasks"].keys())
+    if both:
+        raise UserError(f"--evals.choices: a file and a task are called {both[0]}; rename the file")
     return Validation(
         program=program,
         mesh=mesh,

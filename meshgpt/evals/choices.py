@@ -94,6 +94,8 @@ def _question(where: str, row: Any) -> Question:
     if not re.fullmatch(r"\d+", str(label)) or int(label) >= len(endings):
         raise UserError(f"{where}: label {label!r} is no ending; they are numbered from 0 to {len(endings) - 1}")
     if isinstance(row.get("activity_label"), str):
+        if not all(isinstance(row.get(name, ""), str) for name in ("ctx_a", "ctx_b")):
+            raise UserError(f"{where}: ctx_a and ctx_b, where they are given, have to be texts")
         context, endings = _as_the_harness(row), [_cleaned(ending) for ending in endings]
         if not all(endings):
             raise UserError(f"{where}: nothing is left of an ending without what it has in brackets")

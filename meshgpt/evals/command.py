@@ -140,9 +140,9 @@ def _wanted(asked: Arguments) -> _Wanted:
         names = harness.resolve(known, asked.task_names)
         tasks = harness.load(known, names, asked.num_fewshot)
     called = [files.stem(path) for path in (*asked.choices, *asked.perplexity)]
-    twice = next((name for name in called if called.count(name) > 1), None)
+    twice = next((name for name in called if called.count(name) > 1 or (tasks and name in tasks["tasks"])), None)
     if twice is not None:
-        raise UserError(f"two files are called {twice}, by which their results are kept: rename one")
+        raise UserError(f"two files are called {twice}, or one and a task, and results are kept by name: rename one")
     questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.choices}
     return _Wanted(
         tasks=tasks,
