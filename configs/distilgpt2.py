@@ -1,6 +1,6 @@
 """DistilGPT2: 6 layers of 12, 82M parameters of 124M, taught by GPT-2 124M (Sanh et al. 2019).
 
-    meshgpt prepare hf:Skylion007/openwebtext --tokenizer GPT2 --out stores/openwebtext
+    meshgpt prepare hf:Skylion007/openwebtext/train:text --tokenizer GPT2 --out stores/openwebtext
     python -m meshgpt.train configs/distilgpt2.py
 
 Published: 8 V100 of 16 GB for 168 hours on OpenWebTextCorpus, 149.2 kg CO2eq; perplexity of the test part of

@@ -1,6 +1,6 @@
 """GPT-2 83M of the GPT-2 family by scaling law: 10 layers of 640, 5.5B tokens of OpenWebText.
 
-    meshgpt prepare hf:Skylion007/openwebtext --tokenizer GPT2 --val-fraction 0.012 --out data/openwebtext
+    meshgpt prepare hf:Skylion007/openwebtext/train:text --tokenizer GPT2 --val-fraction 0.012 --out data/openwebtext
     meshgpt train configs/mosaic_gpt2_83m.py            # --smoke: a minute on a CPU, on another text
 
 Hardware: 8 A100; as published 4:52 hours of them, 0.1 of the dropout and all. `meshgpt plan memory` with
