@@ -2,6 +2,7 @@
 
     meshgpt compile configs/gptj_6b.py --topology v3-256       # does it fit, how long does it take: needs no TPU
     TYPE=v3-256 launch/tpu_pod.sh run configs/gptj_6b.py       # README, "From a laptop to a pod"
+    meshgpt eval runs/gptj_6b --tasks lambada_openai,winogrande,hellaswag,piqa      # as the published card
 
 Hardware: TPU v3-256 (128 chips of 2 devices), the pod of the original; any slice of 64 devices or more by the same
 line. Hours and cost: `meshgpt compile` estimates them for each slice; 1.5e22 FLOPs is 22 days of a v3-256 at half of

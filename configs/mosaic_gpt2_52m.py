@@ -3,7 +3,7 @@
     meshgpt prepare hf:Skylion007/openwebtext/train:text --tokenizer GPT2 --val-fraction 0.012 --out data/openwebtext
     meshgpt train configs/mosaic_gpt2_52m.py            # --smoke: a minute on a CPU, on another text
 
-Hardware: 8 A100; as published 2:44 hours of them, 0.1 of the dropout and all. `meshgpt plan memory` with
+Hardware: 8 A100; as published 2:44 hours of them, with dropout of 0.1. `meshgpt plan memory` with
 `--topology rtx3060` (or another) says what one GPU needs, `meshgpt compile` with `--topology a100x8` how fast it is.
 Expected: validation loss 3.43, perplexity 30.88; Kaplan et al. 2020 predict 32.54
 (`meshgpt plan budget`, docs/scaling.md). GPT2 is a folder with GPT-2's tokenizer.
