@@ -64,6 +64,8 @@ def sweep(arguments: Sequence[str]) -> None:
 
     climb(going, points, rungs, train)
     print("\n".join(conclude(going, axes)))
+    if going.best() is None:
+        raise UserError(f"every trial failed: the logs are in {going.folder}")
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -19,7 +19,7 @@ def conclude(sweep: Sweep, axes: Sequence[Axis]) -> list[str]:
     lines = table(sweep)
     scored = [trial for trial in ranked if trial.score is not None]
     if best is None:
-        return [*lines, "every trial failed: the logs are in " + str(sweep.folder)]
+        return lines
     recipe = sweep.folder / "best.py"
     recipe.write_text(as_recipe(sweep, best), encoding="utf-8")
     picture = sweep.folder / "sweep.png"
