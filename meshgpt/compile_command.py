@@ -56,7 +56,9 @@ def compile_recipe(arguments: Sequence[str]) -> None:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
     say: Callable[[str], None] = (lambda text: None) if asked.json else print
     if asked.fix:
-        say(ranked(search(run, topology, asked.tries, say)))
+        results = search(run, topology, asked.tries, say)
+        found = [{"flags": flags(one)} | _outcome(outcome) for one, outcome in results]
+        print(json.dumps(found) if asked.json else ranked(results))
         return
     say(f"compiling for {topology.name}, {topology.device_count} devices: a minute or so")
     try:
@@ -81,6 +83,10 @@ def figures(proof: Proof) -> dict[str, Any]:
         "seconds": {"computing": proof.estimate.computing, "moving": proof.estimate.moving,
                     "best": proof.estimate.best, "worst": proof.estimate.worst},
     }  # fmt: skip
+
+
+def _outcome(outcome: Proof | str) -> dict[str, Any]:
+    return {"error": outcome} if isinstance(outcome, str) else figures(outcome)
 
 
 def describe(proof: Proof) -> str:
