@@ -110,6 +110,23 @@ def test_mistakes_are_told_before_anything_starts(
     assert not out.exists()
 
 
+def test_the_text_is_prepared_once_before_several_hosts_read_it(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [str(written), "--seed", "1,2", "--out", str(tmp_path / "s"), "--hosts", "a,b"]
+    line = f"cat {tmp_path}/s-data/index.json; exit 7 # {{command}}"
+    assert sweep(*words, "--command", line) == 2
+    said = capsys.readouterr()
+    assert "every trial failed" in said.err
+    assert '"splits"' in (tmp_path / "s" / "trial-001.log").read_text()
+    axes, _ = split(["--data.prepare.vocab-size", "270,300"])
+    run = recipe.load(written)
+    assert command._shared_text(run, axes, tmp_path / "s") is None
+    shared = command._shared_text(run, (), tmp_path / "s")
+    assert shared is not None
+    assert shared.out == str(tmp_path / "s-data")
+
+
 def test_texts_with_commas_are_no_axes_and_the_best_is_a_recipe_whatever_they_hold(written: Path, tmp_path: Path):
     prompt = 'Hello, """ \\x'
     axes, fixed = split(["--samples.prompts", prompt, "--seed", "1,2"])

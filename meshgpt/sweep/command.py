@@ -1,17 +1,20 @@
 """`meshgpt sweep RECIPE --flag VALUES ...`."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshgpt import recipe
 from meshgpt.config import Run
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.errors import UserError
 from meshgpt.sweep.outcome import conclude
 from meshgpt.sweep.runner import run_all
 from meshgpt.sweep.space import Axis, Point, at_random, grid, split
 from meshgpt.sweep.trials import Plan, Sweep, Trial
+from meshgpt.tracker import progress_bar
 
 _USAGE = """usage: meshgpt sweep RECIPE --FLAG VALUES [--FLAG VALUES ...] [options] [flags of the recipe]
 
@@ -44,8 +47,9 @@ def sweep(arguments: Sequence[str]) -> None:
     points = _points(asked, axes)
     run = _checked(rest[0], fixed, points)
     folder = Path(asked.out or f"runs/sweep-{Path(rest[0].partition(':')[0]).stem}")
-    if run.data.prepare is not None and not run.data.prepare.out:  # once, and not in each trial's folder
-        fixed = (*fixed, "--data.prepare.out", str(folder.with_name(f"{folder.name}-data")))
+    text = _shared_text(run, axes, folder)
+    if text is not None:
+        fixed = (*fixed, "--data.prepare.out", text.out)
     plan = Plan(
         recipe=rest[0], fixed=fixed, axes=tuple(f"{axis.flag} {','.join(axis.values)}" for axis in axes),
         method=asked.method, count=len(points), seed=asked.seed_of_draw, metric=asked.metric, maximize=asked.maximize,
@@ -58,6 +62,9 @@ def sweep(arguments: Sequence[str]) -> None:
             print(Trial(number=number, point=point, steps=rungs[0][0]))
         return
     hosts = asked.hosts.split(",") if asked.hosts else []
+    if text is not None and len(hosts) > 1:  # now, and not by all of them at once
+        with progress_bar() as report:
+            prepare(text, report)
 
     def train(trials: Sequence[Trial]) -> None:
         run_all(going, trials, asked.command, hosts, lambda text: print(text, flush=True))
@@ -108,6 +115,14 @@ def _checked(path: str, fixed: Sequence[str], points: Sequence[Point]) -> Run:
             seen.update(point)
             recipe.parse([path, *fixed, *_words(point)], "meshgpt sweep")
     return run
+
+
+def _shared_text(run: Run, axes: Sequence[Axis], folder: Path) -> Prepare | None:
+    """What all trials read and is prepared once, not in each trial's folder; None where there is no such thing."""
+    text = run.data.prepare
+    if text is None or run.data.store or any(axis.flag.startswith("--data.prepare.") for axis in axes):
+        return None
+    return text if text.out else dataclasses.replace(text, out=str(folder.with_name(f"{folder.name}-data")))
 
 
 def _words(point: Point) -> list[str]:
