@@ -24,8 +24,8 @@ _GIB = 1 << 30
 _USAGE = """usage: meshgpt compile RECIPE --topology NAME [--fix] [--tries N] [--effort low|full] [--json] [flags]
 
 NAME: v2-8 to v3-2048, v4-512, v5e-256, v5p-128, v6e-256 as they are rented, v3:8x16 by chips, 2xv5e-256 for two
-slices, h100x8, a100x4 or rtx3060. Flags are those of the recipe. Needs no such device; the compiler is in the extra `tpu` (for
-GPUs: cuda12 or cuda13).
+slices, h100x8, a100x4 or rtx3060. Flags are those of the recipe. Needs no such device; the compiler is in the extra
+`tpu` (for GPUs: cuda12 or cuda13).
 --fix      where it does not fit, or is slow: search mesh, accumulation and remat, and print a ranked table
 --tries N  how many of them to compile (6)
 --effort   low compiles three times as fast, with peaks within a few percent (full)
