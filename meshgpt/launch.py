@@ -21,7 +21,8 @@ Trains with N processes on this machine and keeps them going: one that dies or h
 the newest intact checkpoint. Ctrl-C or SIGTERM saves on all of them at the same step; a second one kills.
 
   --processes N      how many (1)
-  --devices D        virtual CPU devices of each process (JAX_NUM_CPU_DEVICES, or 1)
+  --devices D        virtual CPU devices of each process (JAX_NUM_CPU_DEVICES, or 1). Several processes are on the CPU
+                     unless JAX_PLATFORMS says otherwise; of a GPU machine, one drives all GPUs
   --port P           of the coordinator, on the loopback interface (a free one)
   --elastic          after a death go on with as many processes as remain and the mesh allows
   --max-restarts K   in a row without a checkpoint gained, before giving up (5)

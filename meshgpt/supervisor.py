@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from meshgpt import pulse
+from meshgpt.errors import UserError
 from meshgpt.pulse import Life, Listener, Sign, Silence
 
 _USER_ERROR = 2  # an exit code that another start would meet again
@@ -100,9 +101,16 @@ class Supervisor:
         return bool(self._stopping)
 
     def run(self) -> int:
-        """Until the end; gives the exit code: 0, or that of the process that ended it."""
+        """Until the end; gives the exit code: 0, or that of the process that ended it.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
         fruitless, best = 0, -1
-        (self._folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self._folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to the run's folder {self._folder}: {error.strerror}") from error
         with self._signals(), tempfile.TemporaryDirectory(prefix="meshgpt-launch-") as scratch:
             while True:
                 code, reason = self._life(Path(scratch))
