@@ -1,7 +1,7 @@
 """Results of evaluations in a run's folder, `evals/<step>.json`, in the lm-evaluation-harness's own form.
 
-Of that form this reads `results` ({task: {"<metric>,<filter>": value, "<metric>_stderr,<filter>": error}}), `n-shot`,
-`n-samples` and `higher_is_better`. Evaluations in the loop may also be keys of `metrics.jsonl`: `eval/<task>/<metric>`.
+Of that form this reads `results` ({task: {"<metric>,<filter>": value, "<metric>_stderr,<filter>": error}}), `n-shot`
+and `higher_is_better`. Evaluations in the loop may also be keys of `metrics.jsonl`: `eval/<task>/<metric>`.
 """
 
 from __future__ import annotations
