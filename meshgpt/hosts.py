@@ -229,7 +229,7 @@ def _watched(place: Placement) -> Iterator[None]:
                 "others, and whether each has its own --process-id"
             )
         print(late + text + " --deadline SECONDS waits longer.", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(3 if "MESHGPT_LAUNCH" in os.environ else 2)  # a supervisor tries again: the others may be restarting
 
     threading.Thread(target=watch, daemon=True, name="deadline").start()
     try:

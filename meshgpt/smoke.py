@@ -26,7 +26,7 @@ def smoke(run: Run) -> Run:
       UserError: for a recipe that cannot do without what is left out.
     """
     if not isinstance(run.objective, NextToken):
-        raise UserError("--smoke: this recipe needs a teacher, which no machine has; it has no smoke size")
+        raise UserError("--smoke: this recipe needs a teacher, and --smoke fetches nothing: it has no such size")
     heads = {"rotary_dim": _ROTARY} if isinstance(run.model, GPTJConfig) else {}
     model = dataclasses.replace(
         run.model, vocab_size=VOCABULARY, n_positions=128, n_layers=2, n_heads=4, d_model=128, d_ff=0, **heads
@@ -48,6 +48,7 @@ def smoke(run: Run) -> Run:
         eval_batches=8,
         evals=Evals(),
         log_every=10,
+        sinks=(),
         checkpointing=Checkpointing(every=STEPS // 2),
         samples=dataclasses.replace(run.samples, max_new_tokens=20) if run.samples.prompts else Samples(prompts=()),
         run_dir="",

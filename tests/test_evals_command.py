@@ -40,13 +40,15 @@ def test_a_runs_results_go_to_its_folder_and_into_its_report(
     eval_peers.only_local_tasks(monkeypatch)
     run = runs.copied(finished, tmp_path / "run")
     ended = here.cli("eval", run, "--choices", data / "choices.jsonl", "--tasks", "local_sciq",
-                     "--tasks-path", data / "tasks", "--limit", 5)  # fmt: skip
+                     "--tasks-path", data / "tasks")  # fmt: skip
     assert ended.code == 0, ended
     assert f"{run}/evals/20.json holds them" in ended.out
-    assert "log-likelihoods  20/20 (100%)  done in" in ended.out
+    assert "log-likelihoods  24/24 (100%)  done in" in ended.out
     assert [line.split()[:2] for line in ended.out.splitlines() if line.startswith(("choices", "local_sciq"))] == [
         ["choices", "acc"], ["choices", "acc_norm"], ["local_sciq", "acc"], ["local_sciq", "acc_norm"]
     ]  # fmt: skip
+    tried = here.cli("eval", run, "--choices", data / "choices.jsonl", "--limit", 2)
+    assert "to keep these figures, give --out FILE" in tried.out  # and the whole result stays
     later = here.cli("eval", run, "--perplexity", data / "pages.jsonl", "--stride", 8, "--step", 20)
     assert later.code == 0, later
     content = json.loads((run / "evals" / "20.json").read_text())

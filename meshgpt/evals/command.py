@@ -112,7 +112,7 @@ def evaluate(asked: Arguments) -> Results:
     mesh = make_mesh(asked.mesh)
     with jax.set_mesh(mesh), _progress(first) as report:
         trained = open_trained(asked.source, Precision(compute=asked.compute), print if first else _silent, asked.step)
-        path = asked.out or _kept(asked.source, trained.step)
+        path = asked.out or (None if asked.limit else _kept(asked.source, trained.step))  # a try is not a result
         if path is not None:  # now, and not when all is measured
             hosts.first_then_others(lambda: results.read(path), lambda: None)
         scorer = Scorer(trained.model, trained.params, mesh, asked.batch_size)

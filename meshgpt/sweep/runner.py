@@ -13,7 +13,7 @@ from pathlib import Path
 
 from meshgpt.errors import UserError
 from meshgpt.run_folder import RunFolder
-from meshgpt.sweep.trials import Sweep, Trial
+from meshgpt.sweep.trials import CRASHED, Sweep, Trial
 from meshgpt.tracker import duration, read_json_lines
 
 _MISTAKE = 2  # the exit code of a user's mistake
@@ -110,7 +110,7 @@ def _settle(sweep: Sweep, trial: Trial, code: int, words: str) -> str:
     if diverged is not None:
         trial.failed = f"diverged by step {diverged:,}"
     elif code:
-        trial.failed = f"exit code {code}: {words}"
+        trial.failed = f"{CRASHED}{code}: {words}"
     elif value is None:
         names = sorted({name for row in read_json_lines(folder.metrics) for name in row} - {"step"})
         return f"{trial.name} has no {sweep.plan.metric}: give as --metric one of {', '.join(names)}"

@@ -11,6 +11,7 @@ from meshgpt.errors import UserError
 from meshgpt.sweep.space import Point
 
 RECORD = "sweep.json"
+CRASHED = "exit code "
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,6 +87,8 @@ class Sweep:
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{record} is damaged ({error!r}): give another --out") from error
+        for trial in self.trials:  # what a machine did to a trial, and not its values, may go well another time
+            trial.failed = "" if trial.failed.startswith(CRASHED) else trial.failed
         new = json.loads(json.dumps(dataclasses.asdict(self.plan)))
         if not any(trial.done for trial in self.trials):  # nothing was compared by it yet
             old = old | {name: new[name] for name in ("metric", "maximize")}
