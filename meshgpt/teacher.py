@@ -13,6 +13,7 @@ from meshgpt import hf
 from meshgpt.config import Run
 from meshgpt.distill import TEACHER, Distill, chosen_layers
 from meshgpt.errors import UserError
+from meshgpt.evals import results
 from meshgpt.imported import RECORD, Imported
 from meshgpt.layers import Weight
 from meshgpt.loss import next_token_loss
@@ -107,17 +108,21 @@ def _layers(leaf: jax.Array | Weight, layers: tuple[int, ...], dtype: jnp.dtype)
 
 
 def record_before(program: Program, validation: Validation, begun: Start, folder: RunFolder) -> None:
-    """Writes `distillation.json`, once: the validation loss of the teacher, and of the student before it is trained."""
+    """Writes `distillation.json`, once: the figures of the teacher, and of the student before it is trained."""
     objective = program.run.objective
     if not isinstance(objective, Distill) or validation.held_out is None or (folder.path / FILE).exists():
         return
     loss = next_token_loss(objective.teacher_for(program.model), objective.plain, program.document_end)
     alone = jax.jit(lambda params, frozen, tokens, weights: make_eval_step(loss)(params, tokens, weights))
-    teachers = dataclasses.replace(validation, eval_step=alone).held_out_loss(begun.frozen[TEACHER], {})
+    teacher = begun.frozen[TEACHER]
+    answered = validation.answers(objective.teacher_for(program.model), teacher)
+    before = validation.answers(program.model, program.run.trainable.merged(begun.state.params, begun.frozen))
     found = {
         "teacher": objective.teacher,
-        "teacher_val_loss": teachers,
+        "teacher_val_loss": dataclasses.replace(validation, eval_step=alone).held_out_loss(teacher, {}),
+        "teacher_evals": results.metrics(answered),
         "student_start_val_loss": validation.held_out_loss(begun.state.params, begun.frozen),
+        "student_start_evals": results.metrics(before),
     }
     if jax.process_index() == 0:
         (folder.path / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

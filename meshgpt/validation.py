@@ -25,6 +25,7 @@ from meshgpt.evals.choices import Question
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Scorer, check_fits
 from meshgpt.feed import Feed
+from meshgpt.models import Model
 from meshgpt.program import EvalStep, Program
 from meshgpt.run_data import RunData, check_tokenizers, check_vocabulary
 from meshgpt.run_folder import RunFolder
@@ -105,7 +106,14 @@ class Validation:
         return nats / tokens
 
     def _answered(self, step: int, params: Tree) -> dict[str, float]:
-        scorer = Scorer(self.program.model, params, self.mesh)
+        found = self.answers(self.program.model, params)
+        if jax.process_index() == 0:
+            results.save(self.folder.evals / f"{step}.json", found)
+        return results.metrics(found)
+
+    def answers(self, model: Model, params: Tree) -> Results:
+        """The figures of the multiple-choice files and the tasks, of the run's model or another one."""
+        scorer = Scorer(model, params, self.mesh)
         found: Results = {"results": {}}
         for name, questions in self.choices.items():
             accuracy = choices.choose(scorer, self.tokenizer, questions, _silent)
@@ -118,9 +126,7 @@ class Validation:
                     limit=self.run.evals.limit or None, max_gen_toks=self.run.evals.max_gen_toks,
                 )  # fmt: skip
             found = results.merged(found, ran)
-        if jax.process_index() == 0:
-            results.save(self.folder.evals / f"{step}.json", found)
-        return results.metrics(found)
+        return found
 
 
 def open_validation(program: Program, mesh: Mesh, folder: RunFolder, data: RunData) -> Validation:

@@ -63,7 +63,11 @@ def recipe(workshop: runs.Workshop, to: Path, teacher: Path) -> Path:
 def test_a_run_from_start_to_card(here: runs.Here, workshop: runs.Workshop, teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-    ended = here.train(recipe(workshop, tmp_path, teacher), "--run-dir", run, *mesh)
+    questions = tmp_path / "choices.jsonl"
+    rows = [{"ctx": f"def f{n}(self):", "endings": [" return self", " import the"], "label": n % 2} for n in range(6)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--run-dir", run, *mesh, "--evals.choices", questions)
+    ended = here.train(recipe(workshop, tmp_path, teacher), *flags)
     assert ended.code == 0, ended
     assert "the student starts from layers 0, 2 of the teacher" in ended.out
     record = json.loads((run / "run.json").read_text())
@@ -71,6 +75,9 @@ def test_a_run_from_start_to_card(here: runs.Here, workshop: runs.Workshop, teac
     before = json.loads((run / "distillation.json").read_text())
     assert before["teacher_val_loss"] > 0
     assert before["student_start_val_loss"] > 0
+    # Accuracy of the same questions: of random weights some number, of a student that is its teacher's part another.
+    for found in (before["teacher_evals"], before["student_start_evals"]):
+        assert 0.0 <= found["eval/choices/acc"] <= 1.0
     # What validation reports is the text alone: the loss of training is several times as large.
     last = runs.rows(run)[-1]
     assert last["val_loss"] < before["student_start_val_loss"]
@@ -79,6 +86,7 @@ def test_a_run_from_start_to_card(here: runs.Here, workshop: runs.Workshop, teac
     card = next(run.rglob("README.md")).read_text()
     for words in ("Distillation: before and after", "student before the first step", "student after 4 steps"):
         assert words in card
+    assert "choices/acc" in card
 
 
 def test_the_student_starts_as_layers_of_the_teacher(

@@ -9,7 +9,8 @@ from meshgpt.report.blocks import Block, Heading, Table
 from meshgpt.report.facts import Facts
 
 FILE = "distillation.json"
-"""In a run's folder: `teacher`, `teacher_val_loss`, `student_start_val_loss` (nats a token, of the held-out text)."""
+"""In a run's folder: `teacher`, `teacher_val_loss`, `student_start_val_loss` (nats a token, of the held-out text), and
+`teacher_evals`, `student_start_evals`: the figures of `Run.evals`' files and tasks, by the names of metrics.jsonl."""
 
 
 def distillation(facts: Facts) -> list[Block]:
@@ -19,19 +20,22 @@ def distillation(facts: Facts) -> list[Block]:
     if not path.is_file() or now is None:
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    start = found["student_start_val_loss"]
+    before = found["student_start_evals"]
+    names = [name for name in before if "acc" in name.rpartition("/")[2]]
+    after = {name: value for name in names if (value := facts.last(name)) is not None}
     rows = [
-        _row(f"teacher: {found['teacher']}", found["teacher_val_loss"], None),
-        _row("student before the first step", start, None),
-        _row(f"student after {facts.step:,} steps", now, now - start),
+        _row(f"teacher: {found['teacher']}", found["teacher_val_loss"], names, found["teacher_evals"]),
+        _row("student before the first step", found["student_start_val_loss"], names, before),
+        _row(f"student after {facts.step:,} steps", now, names, after),
     ]
-    note = "Of the held-out text, in the tokens that both share."
+    note = "Loss and perplexity of the held-out text, in the tokens that both share."
+    header = ("", "validation loss", "perplexity", *(name.removeprefix("eval/") for name in names))
     return [
         Heading(level=3, text="Distillation: before and after"),
-        Table(header=("", "validation loss", "perplexity", "change in loss"), rows=rows, note=note),
+        Table(header=header, rows=rows, note=note),
     ]
 
 
-def _row(name: str, loss: float, change: float | None) -> tuple[str, str, str, str]:
-    perplexity = math.exp(min(loss, 700.0))
-    return name, f"{loss:.4f}", f"{perplexity:.2f}", "" if change is None else f"{change:+.4f}"
+def _row(name: str, loss: float, names: list[str], evals: dict[str, float]) -> tuple[str, ...]:
+    accuracies = (f"{evals[figure]:.4f}" if figure in evals else "" for figure in names)
+    return name, f"{loss:.4f}", f"{math.exp(min(loss, 700.0)):.2f}", *accuracies
