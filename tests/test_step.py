@@ -238,4 +238,4 @@ def test_state_as_checkpoints_keep_it_is_the_state() -> None:
         state = from_params(tiny.params(tiny.GPTJ), OPTIM)
     again = TrainState(**state.items())
     tiny.assert_same_bits(again, state)
-    assert trees.count(state.opt_state) == 2 * trees.count(state.params) + 1, "two moments and a counter"
+    assert trees.count(state.opt_state) == 2 * trees.count(state.params) + 2, "two moments, and a counter of each"
