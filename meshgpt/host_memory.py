@@ -23,6 +23,22 @@ def require(what: str, instead: str) -> None:
         raise UserError(f"{what}: a {device.device_kind} addresses {', '.join(kinds)} only; {instead}")
 
 
+def refuse_bytes_on_tpu(what: str) -> None:
+    """Refuses `what`, a setting, for arrays of bytes where the mesh is of TPUs.
+
+    XLA for TPUs (libtpu 0.0.42) gives such a copy two layouts that differ, and fails.
+
+    Raises:
+      UserError: saying what to do instead.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None and described.platform == "tpu":
+        raise UserError(
+            f"{what}: XLA for TPUs cannot move moments of 8 or 4 bits to the host; leave these on the device, where "
+            "they are small, or take AdamW(moment_dtype='bfloat16')"
+        )
+
+
 def to_host(tree: Tree) -> Tree:
     """Inside jit: the tree with its arrays (not its scalars) in the host's memory."""
     return _moved(tree, jax.memory.Space.Host)

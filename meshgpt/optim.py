@@ -229,6 +229,8 @@ def _adamw(optim: "AdamW | AdamW8bit | AdamW4bit") -> optax.GradientTransformati
     paged = optim.state_memory != "device"
     if paged:
         _require_host_memory()
+        if not all(isinstance(kept, Plain) for kept in optim.formats):
+            host_memory.refuse_bytes_on_tpu("optim.state_memory=pinned_host")
     adam = Adam(optim.b1, optim.b2, optim.eps, *optim.formats, paged)
     return _decaying(optim, adam.transformation())
 

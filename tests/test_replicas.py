@@ -133,19 +133,19 @@ def test_a_run_with_checks_computes_what_one_without_does(workshop: Workshop, he
 def test_a_corrupted_replica_ends_the_run_and_is_not_saved(
     workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, found: str, saved: list
 ):
-    def corrupt(run, mesh, data, folder, build=train.Loop.build):
-        loop = build(run, mesh, data, folder)
+    def corrupt(program, step, *arguments, compile_it=train.compile_fitting):
+        compiled = compile_it(program, step, *arguments)
 
-        def step(state, *rest):
+        def one(state, *rest):
             if int(state.step) == at:
                 params = dict(state.params)
                 params["wte_VD"] = corrupted(params["wte_VD"], 5, bit=1)
                 state = dataclasses.replace(state, params=params)
-            return loop.train_step(state, *rest)
+            return compiled(state, *rest)
 
-        return dataclasses.replace(loop, train_step=step)
+        return one
 
-    monkeypatch.setattr(train.Loop, "build", corrupt)
+    monkeypatch.setattr(train, "compile_fitting", corrupt)
     run = tmp_path / "run"
     ended = here.train(workshop.recipe(tmp_path), "--run-dir", run, *FLAGS, "--mesh.data", 8)
     assert ended.code == 3, ended

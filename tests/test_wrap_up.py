@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def test_the_summary_names_what_is_there_and_nothing_else(finished: Path, tmp_pa
     assert "--steps 40" in said
     assert "--resume never" in said
     bare = RunFolder(tmp_path)
+    shutil.copyfile(finished / "run.json", bare.record)
     bare.metrics.write_text(json.dumps({"step": 20, "loss": 3.0}) + "\n")
     said = wrap_up.summary(dataclasses.replace(run, export="none", samples=Samples(prompts=())), bare)
     assert "validation" not in said
