@@ -12,31 +12,20 @@ The published card gives sizes and tokens; the rest is from gpt2_52m.yaml in Com
 9,000 batches are 4.72B tokens. Its amp is float16 or bfloat16 by machine; here it is what the device has.
 """
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Cosine
+import dataclasses
+from pathlib import Path
+
+from meshgpt import recipe
+from meshgpt.config import Run
 
 
 def config() -> Run:
-    return Run(
-        model=GPT2Config(n_layers=8, n_heads=8, d_model=512, embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1),
-        data=Data(store="data/openwebtext"),
+    """The 125M's run with other sizes, steps and learning rate."""
+    largest = recipe.load(Path(__file__).with_name("mosaic_gpt2_125m.py"))
+    return dataclasses.replace(
+        largest,
+        model=dataclasses.replace(largest.model, n_layers=8, n_heads=8, d_model=512),
         steps=8_800,
-        global_batch=512,
-        accumulate=8,
-        seed=17,
-        optim=AdamW(
-            peak_lr=1.5e-3,
-            warmup_steps=88,
-            schedule=Cosine(final=0.0),
-            b1=0.9,
-            b2=0.999,
-            weight_decay=0.0,
-            clip_norm=1.0,
-        ),
-        eval_every=1_000,
-        eval_batches=195,
-        checkpointing=Checkpointing(every=500, keep=2, keep_every=2_000),
-        samples=Samples(prompts=("The meaning of life is", "In a shocking finding,")),
+        optim=dataclasses.replace(largest.optim, peak_lr=1.5e-3, warmup_steps=88),
+        run_dir="",
     )
