@@ -20,11 +20,10 @@ from meshgpt import hlo, runtime, scaling
 from meshgpt.axes import MeshShape, make_mesh
 from meshgpt.config import Run
 from meshgpt.errors import UserError
-from meshgpt.footprint import Footprint, measure
+from meshgpt.footprint import Footprint, NoRoomError, compile_lowered, measure
 from meshgpt.models import check_divisibility
-from meshgpt.program import Program
+from meshgpt.program import Program, flops_per_token
 from meshgpt.topologies import GENERATIONS, GPUS, Gpu, Topology
-from meshgpt.trees import leaves_with_names
 
 # What the estimate of time assumes.
 EFFICIENCY = 0.6  # of the peak, in matrix multiplications and all that goes with them
@@ -98,9 +97,8 @@ class TooLargeError(UserError):
 
 
 class Compiled(NamedTuple):
-    """A train step compiled for devices that are elsewhere. run: with what the devices decide filled in."""
+    """A train step compiled for devices that are elsewhere. program: its run has what the devices decide filled in."""
 
-    run: Run
     program: Program
     mesh: jax.sharding.Mesh
     step: jax.stages.Compiled
@@ -197,13 +195,11 @@ def compile_for(run: Run, topology: Topology, *, hbm: int | None = None) -> Comp
     with jax.set_mesh(mesh), _capability_of(topology):
         program = Program(run=run, document_end=0 if run.data.mask_documents else None)
         try:
-            compiled = program.lower().compile(compiler_options=_options(hbm if topology.is_tpu else None))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            compiled = compile_lowered(program.lower(), _options(hbm if topology.is_tpu else None))
+        except NoRoomError as error:
             needed = _needed(str(error))
             raise TooLargeError(_too_large(topology, needed, limit), needed) from error
-        return Compiled(run, program, mesh, compiled, measure(program, compiled, limit))
+        return Compiled(program, mesh, compiled, measure(program, compiled, limit))
 
 
 def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
@@ -213,13 +209,11 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
       TooLargeError: it does not fit, by how much.
       UserError: the mesh does not match the devices, or the model the mesh.
     """
-    run, program, mesh, compiled, memory = compile_for(run, topology, hbm=hbm)
+    program, mesh, compiled, memory = compile_for(run, topology, hbm=hbm)
+    run = program.run
     text = compiled.as_text() or ""
     found = tuple(hlo.collectives(text, {axis: getattr(run.mesh, axis) for axis in mesh.axis_names}))
-    with jax.set_mesh(mesh):
-        shapes = {name: leaf.shape for name, leaf in leaves_with_names(program.model.abstract_params())}
-    flops = scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
-    flops = round(flops * run.trainable.work(run.model.n_layers))
+    flops = flops_per_token(run)
     proof = Proof(
         run=run, topology=topology, mesh=run.mesh, memory=memory, collectives=found, kernel=_kernel(text),
         flops_per_token=flops, estimate=_estimate(run, topology, flops, found),

@@ -40,10 +40,7 @@ def compile_recipe(arguments: Sequence[str]) -> None:
     parser.add_argument("--tries", type=int, default=6)
     parser.add_argument("--effort", choices=("low", "full"), default="full")
     parser.add_argument("--json", action="store_true")
-    try:
-        asked, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}\n{_USAGE}") from error
+    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
     if not rest or rest[0] in ("-h", "--help"):
         print(_USAGE)
         return

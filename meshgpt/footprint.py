@@ -113,6 +113,24 @@ def device_limit(device: jax.Device) -> int | None:
     return None if stats is None else stats.get("bytes_limit")
 
 
+class NoRoomError(Exception):
+    """The compiler gave up for want of memory; its words."""
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, str | bool] | None = None) -> jax.stages.Compiled:
+    """Compiles.
+
+    Raises:
+      NoRoomError: the compiler itself found no room (a TPU's does; others compile what does not fit).
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise NoRoomError(str(error)) from error
+
+
 def compile_fitting(program: Program, step: Any, *arguments: Tree) -> jax.stages.Compiled:
     """`step`, the jitted train step, compiled for these arguments, once it is known that the devices have the room.
 
@@ -120,10 +138,8 @@ def compile_fitting(program: Program, step: Any, *arguments: Tree) -> jax.stages
       UserError: they have not, with the account where the compiler gives one.
     """
     try:
-        compiled = step.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        compiled = compile_lowered(step.lower(*arguments))
+    except NoRoomError as error:
         told = str(error).strip().splitlines()[0][:300]
         raise UserError(f"this run does not fit a device's memory: {told}\n{_REMEDY}") from error
     check_fits(program, compiled)

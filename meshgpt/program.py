@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from meshgpt import scaling
 from meshgpt.axes import spec
 from meshgpt.config import Objective, Run
 from meshgpt.loss import Loss
-from meshgpt.models import Model
+from meshgpt.models import Model, parameter_shapes
 from meshgpt.optim import learning_rate, resting
 from meshgpt.replicas import digests_every
 from meshgpt.step import Metrics, TrainState, from_params, make_eval_step, make_train_step
@@ -130,6 +131,12 @@ class Program:
         weights = jax.ShapeDtypeStruct((run.accumulate, rows, length), jnp.float32, sharding=sharding)
         step = jax.jit(self.train_step(), donate_argnums=0)
         return step.lower(self.abstract(), self.abstract_frozen(), tokens, weights)
+
+
+def flops_per_token(run: Run) -> int:
+    """FLOPs of a training step for each token (`scaling.flops_per_token`), less what frozen parameters save."""
+    whole = scaling.flops_per_token(parameter_shapes(run.model), run.model.vocab_size, run.sequence_length)
+    return round(whole * run.trainable.work(run.model.n_layers))
 
 
 def drops(run: Run) -> bool:

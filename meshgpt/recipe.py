@@ -1,5 +1,6 @@
 """Recipes: Python files with `def config() -> Run`, or other functions, every field of which is also a flag."""
 
+import argparse
 import dataclasses
 import importlib.util
 import traceback
@@ -46,6 +47,20 @@ def _place(error: Exception, path: Path) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def take_flags(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], usage: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """(a verb's own flags, the recipe and its flags) of what stands behind the verb; `parser` must not exit on errors.
+
+    Raises:
+      UserError: the mistake, and the usage.
+    """
+    try:
+        return parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}\n{usage}") from error
 
 
 def parse(arguments: Sequence[str], program: str) -> Run:

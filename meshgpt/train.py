@@ -30,7 +30,7 @@ from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
 from meshgpt.models import check_divisibility
 from meshgpt.pace import Pace
-from meshgpt.program import Program, TrainStep
+from meshgpt.program import Program, TrainStep, flops_per_token
 from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.replicas import ReplicaCheck
 from meshgpt.run_data import RunData, open_run_data, without_preparing
@@ -200,8 +200,7 @@ class Figures:
         self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
         self._pending: tuple[int, Metrics] | None = None
         shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.model.abstract_params())}
-        flops = scaling.flops_per_token(shapes, loop.run.model.vocab_size, loop.run.sequence_length)
-        self._flops = round(flops * loop.run.trainable.work(loop.run.model.n_layers))
+        self._flops = flops_per_token(loop.run)
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
         self._facts = {
             "devices": len(self._kinds),

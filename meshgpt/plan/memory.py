@@ -18,7 +18,7 @@ from meshgpt import aot, recipe, runtime, topologies
 from meshgpt.axes import make_mesh
 from meshgpt.config import Run
 from meshgpt.errors import UserError
-from meshgpt.footprint import Footprint, device_limit, measure
+from meshgpt.footprint import Footprint, NoRoomError, compile_lowered, device_limit, measure
 from meshgpt.models import check_divisibility
 from meshgpt.optim import AdamW, AdamW4bit, AdamW8bit, Common
 from meshgpt.program import Program
@@ -58,10 +58,7 @@ def command(arguments: Sequence[str]) -> None:
     parser.add_argument("--topology")
     parser.add_argument("--tries", type=int, default=8)
     parser.add_argument("--json", action="store_true")
-    try:
-        asked, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}\n{_USAGE}") from error
+    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
     if not rest or rest[0] in ("-h", "--help"):
         print(_USAGE)
         return
@@ -105,10 +102,8 @@ def _here(limit: int | None) -> Target:
         with jax.set_mesh(mesh):
             program = Program(run=run, document_end=0 if run.data.mask_documents else None)
             try:
-                return measure(program, program.lower().compile(), limit)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
+                return measure(program, compile_lowered(program.lower()), limit)
+            except NoRoomError as error:
                 raise aot.TooLargeError(f"it does not fit: {error}") from error
 
     note = "; a GPU needs less, as its attention is fused: --topology" if device.platform == "cpu" else ""

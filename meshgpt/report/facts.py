@@ -21,6 +21,7 @@ from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 from meshgpt.models import parameter_shapes
+from meshgpt.program import flops_per_token
 from meshgpt.report.evals import Result, read_evals
 from meshgpt.run_folder import RunFolder
 from meshgpt.sessions import read_sessions
@@ -141,7 +142,6 @@ def read_facts(path: Path) -> Facts:
     notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
     notes += missing + _torn(folder.metrics)
     notes += [] if rows else ["nothing was logged yet"]
-    shapes = parameter_shapes(run.model)
     return Facts(
         folder=path,
         name=path.resolve().name or "run",
@@ -152,11 +152,8 @@ def read_facts(path: Path) -> Facts:
         results=results,
         sources=sources,
         notes=notes,
-        parameters=scaling.count_parameters(shapes, run.model.vocab_size),
-        flops_per_token=round(
-            scaling.flops_per_token(shapes, run.model.vocab_size, run.sequence_length)
-            * run.trainable.work(run.model.n_layers)
-        ),
+        parameters=scaling.count_parameters(parameter_shapes(run.model), run.model.vocab_size),
+        flops_per_token=flops_per_token(run),
     )
 
 

@@ -87,10 +87,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--hosts", default="")
     parser.add_argument("--command", default="")
     parser.add_argument("--dry-run", action="store_true")
-    try:
-        asked, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}\n{_USAGE}") from error
+    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
     if asked.trials < 0 or (asked.method == "random" and not asked.trials):
         raise UserError("--method random: how many? give --trials N, at least 1")
     if asked.trials and asked.method == "grid":

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from meshgpt.data.files import write_atomically
 from meshgpt.errors import UserError
 from meshgpt.sweep.space import Point
 
@@ -109,9 +109,7 @@ class Sweep:
             "plan": dataclasses.asdict(self.plan),
             "trials": [dataclasses.asdict(trial) for trial in self.trials],
         }
-        scratch = self.folder / f"{RECORD}.tmp"
-        scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, self.folder / RECORD)
+        write_atomically(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
 
     def run_dir(self, trial: Trial) -> Path:
         return self.folder / trial.name
