@@ -24,8 +24,15 @@ class MachineError(Exception):
     """
 
 
+class PortTakenError(MachineError):
+    """A port that nobody asked for went to another program before it was listened on: any other will do.
+
+    The command line prints it and exits with 4.
+    """
+
+
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs `command`: 0, or without a traceback 2 on a UserError, 3 on a MachineError, 130 on Ctrl-C or SIGTERM."""
+    """Runs `command`: 0; without a traceback 2 on a UserError, 3 or 4 on a MachineError, 130 on Ctrl-C or SIGTERM."""
     try:
         with _sigterm_as_ctrl_c():
             command()
@@ -33,7 +40,7 @@ def exit_code(command: Callable[[], None]) -> int:
     except UserError as error:
         return _told(f"error: {error}", 2)
     except MachineError as error:
-        return _told(f"error: {error}", 3)
+        return _told(f"error: {error}", 4 if isinstance(error, PortTakenError) else 3)
     except KeyboardInterrupt:
         return _told("\ninterrupted; the same command goes on from what is done", 130)
     except BrokenPipeError:

@@ -9,6 +9,7 @@ a collective, whose partners would give up.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from meshgpt.errors import MachineError, UserError, flush_output
+from meshgpt.errors import MachineError, PortTakenError, UserError, flush_output
 
 T = TypeVar("T")
 
@@ -138,13 +139,13 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
     which wait for this one.
 
     Raises:
-      UserError: the port is in use, or the address is not this machine's.
+      UserError: the port is in use (PortTakenError with MESHGPT_ANY_PORT), or the address is not this machine's.
     """
     if place is None:
         yield
         return
-    _check_address(place)
     if place.process_id == 0:
+        _check_address(place)
         say(f"waiting for {place.processes - 1} more processes at {place.coordinator} (at most {place.deadline:g} s)")
     with _watched(place):
         jax.distributed.initialize(
@@ -189,8 +190,6 @@ def _gives_devices() -> bool:
 
 
 def _check_address(place: Placement) -> None:
-    if place.process_id != 0:
-        return
     host, _, port = place.bind.rpartition(":")
     named = place.coordinator.rpartition(":")[0]
     try:
@@ -201,7 +200,8 @@ def _check_address(place: Placement) -> None:
     except socket.gaierror as error:
         raise UserError(f"{host} is not known here ({error.strerror}): give --bind ADDRESS of this machine") from error
     except OSError as error:
-        raise UserError(
+        replaceable = error.errno == errno.EADDRINUSE and "MESHGPT_ANY_PORT" in os.environ
+        raise (PortTakenError if replaceable else UserError)(
             f"cannot listen on {place.bind}: {error.strerror}. A port in use needs another one in --coordinator "
             "(on every process); an address that is not this machine's, --bind"
         ) from error

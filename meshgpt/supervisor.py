@@ -21,6 +21,8 @@ from meshgpt.errors import UserError
 from meshgpt.pulse import Life, Listener, Sign, Silence
 
 _USER_ERROR = 2  # an exit code that another start would meet again
+_PORT_TAKEN = 4  # ... that another port mends
+_MOST_PORTS = 10  # that one start tries
 _CLEAN = (0, 130)  # of a process that was asked to stop: saved, or nothing to save yet
 _ROOT_CAUSE_SECONDS = 0.5  # the others of a process that died follow within so long
 _LONGEST_PAUSE = 60.0
@@ -140,9 +142,14 @@ class Supervisor:
 
     def _life(self, scratch: Path) -> tuple[int, str]:
         """One life of all processes: an exit code, and why it ended."""
-        with self._started(scratch) as (running, paths):
-            code, reason = self._watched(running, paths)
-            sign = pulse.read(paths[0])
+        code, reason, sign = 1, "", None
+        for _ in range(_MOST_PORTS):
+            with self._started(scratch) as (running, paths):
+                code, reason = self._watched(running, paths)
+                sign = pulse.read(paths[0])
+            if code != _PORT_TAKEN or self._stopping:
+                break
+            self._say("another program has taken the coordinator's port; trying another one")
         self.lives.append(Life() if sign is None else sign.life())
         return code, reason
 
@@ -182,6 +189,7 @@ class Supervisor:
             chosen |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
         if layout.processes > 1:
             chosen |= {"MESHGPT_COORDINATOR": f"127.0.0.1:{layout.port or _free_port()}"}
+            chosen |= {} if layout.port else {"MESHGPT_ANY_PORT": "1"}
             chosen |= {"MESHGPT_PROCESSES": str(layout.processes)}
         return chosen
 
@@ -219,14 +227,14 @@ class Supervisor:
             time.sleep(self._patience.poll)
 
     def _first_to_die(self, running: list[subprocess.Popen[bytes]]) -> tuple[int, str]:
-        """The exit code and the reason: of those that follow each other, a user's mistake or a signal is the cause."""
+        """The exit code and the reason: of those that follow each other, a mistake, a port or a signal is the cause."""
         time.sleep(_ROOT_CAUSE_SECONDS)
         ended = [(number, process.poll()) for number, process in enumerate(running)]
         bad = [(number, code) for number, code in ended if code not in (None, 0)]
         if self._stopping:
             worst = next((code for _, code in bad if code not in (*_CLEAN, -signal.SIGTERM)), 130)
             return worst, ""
-        number, code = min(bad, key=lambda one: (one[1] != _USER_ERROR, one[1] >= 0))
+        number, code = min(bad, key=lambda one: (one[1] not in (_USER_ERROR, _PORT_TAKEN), one[1] >= 0))
         return (128 - code if code < 0 else code), f"process {number} {_described(code)}{self._tail(number)}"
 
     def _tail(self, number: int) -> str:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from runs import ROOT, Workshop
 
-from meshgpt import cli, launch, pulse
+from meshgpt import cli, launch, pulse, supervisor
 from meshgpt.errors import UserError
 from meshgpt.pulse import SAVING, STARTING, STEPPING, Life, Listener, Sign, Silence, useful_seconds
 from meshgpt.supervisor import Layout, Patience, Supervisor
@@ -319,6 +319,50 @@ def test_a_port_in_use_ends_all_with_one_message(workshop: Workshop, tmp_path: P
     assert ended.code == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in ended.err
     assert "not restarted" in ended.err
+
+
+JOINS = """
+import sys
+from meshgpt import hosts
+from meshgpt.errors import exit_code
+def command():
+    with hosts.joined(hosts.placement({}), print):
+        pass
+sys.exit(hosts.leave(exit_code(command)))
+"""
+
+
+def test_a_port_that_the_supervisor_chose_and_lost_is_another_one_and_no_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(supervisor, "_ROOT_CAUSE_SECONDS", 0.1)
+    said: list[str] = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = [taken.getsockname()[1], supervisor._free_port()]
+        monkeypatch.setattr(supervisor, "_free_port", lambda: ports.pop(0))
+        watching = Supervisor(
+            lambda processes, begun: [sys.executable, "-c", JOINS],
+            Layout(processes=2, devices=1), tmp_path / "run", Patience(max_restarts=0), said.append,
+            fewer=lambda now: now - 1, quiet=True,
+        )  # fmt: skip
+        assert watching.run() == 0
+    assert ports == []
+    assert said == ["another program has taken the coordinator's port; trying another one"]
+    assert len(watching.lives) == 1
+    assert "Address already in use" in (tmp_path / "run" / "logs" / "process-0.log").read_text()
+    assert not (tmp_path / "run" / "restarts.jsonl").exists()
+
+
+def test_ports_are_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervisor, "_MOST_PORTS", 2)
+    monkeypatch.setattr(supervisor, "_ROOT_CAUSE_SECONDS", 0.0)
+    patience = Patience(max_restarts=1, pause=0.01, poll=0.01)
+    launched = Launched(tmp_path, "if number == 0: sys.exit(4)\ntime.sleep(60)", processes=2, patience=patience)
+    assert launched.supervisor.run() == 4
+    assert len(launched.begun) == 4
+    assert len(launched.restarts) == 1
 
 
 def test_help_needs_no_recipe(capsys: pytest.CaptureFixture[str]):
