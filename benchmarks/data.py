@@ -1,6 +1,6 @@
 """Batches from a store, beside nanoGPT's memmap sampling, and the share of a training run that waits for data.
 
-    python benchmarks/data.py [--store FOLDER] [--rows 64] [--seq-len 1024] [--seconds 3] [--sources 100]
+    python benchmarks/data.py [--store FOLDER] [--rows 64] [--seq-len 1024] [--seconds 3] [--sources 100] [--json FILE]
 
 The first table is one process from the page cache: tokens a second through the whole pipeline (order, shuffle, gather,
 read ahead by threads). nanoGPT's is its `get_batch`: random offsets, with replacement, a slice and a cast for each row.
@@ -8,13 +8,13 @@ The second is a training step of `--step-ms` milliseconds (a sleep, as a GPU's s
 waits for the next batch.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import record
 
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule, Source, Stage
@@ -79,7 +79,7 @@ def waiting(batches: Batches, rows: int, step_ms: float, seconds: float) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--store", type=Path, help="a store; one of the standard library is made if not given")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=100)
     parser.add_argument("--step-ms", type=float, default=130.0, help="GPT-2 124M, 64 x 1024, on an H200: 130")
     asked = parser.parse_args()
+    begun = record.begin("data", asked)
+    speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         if asked.store is None:
             request = Prepare(sources=("stdlib",), out=scratch + "/store", train_tokenizer="bpe", vocab_size=8192)
@@ -101,11 +103,14 @@ def main() -> None:
             iterator = batches.iterate(0, 1 << 40, range(asked.rows))
             speed = tokens_a_second(lambda i=iterator: next(i), tokens, asked.seconds)
             iterator.close()
+            speeds["one source" if sources == 1 else "mixture"] = speed
             print(f"meshgpt, {sources:>3} sources: {speed / 1e6:8.1f} million tokens/s")
-        speed = tokens_a_second(nanogpt(split, asked.seq_len, asked.rows), tokens, asked.seconds)
+        speed = speeds["nanoGPT"] = tokens_a_second(nanogpt(split, asked.seq_len, asked.rows), tokens, asked.seconds)
         print(f"nanoGPT's get_batch:  {speed / 1e6:8.1f} million tokens/s")
         share = waiting(batches_of(split, 1, asked.seq_len, asked.rows), asked.rows, asked.step_ms, asked.seconds)
         print(f"waiting for data in steps of {asked.step_ms:g} ms: {share:.3%} of the time")
+        count = split.num_tokens
+    begun.write({"store_tokens": count, "tokens_per_second": speeds, "waiting": share}, {})
 
 
 if __name__ == "__main__":

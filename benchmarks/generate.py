@@ -5,23 +5,20 @@
 
 Both have the same weights and prompts and have to give the same tokens before anything is timed. Then they take turns,
 one whole call each: tokens/s is new tokens over the seconds of a call, prefill included. The time to the first token is
-a call for one token. Medians, quartiles and the ratio of medians are printed, and written as JSON. The processor
+a call for one token. Medians, quartiles and the ratio of medians are printed. The processor
 seconds of a call are given too. On a machine that others use too, times mean little, and a second thread spins while it
 waits for the first: compare processor seconds, on one core (`taskset -c 0 python benchmarks/generate.py`).
 """
 
-import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
+import record
 import torch
 import transformers
 
@@ -149,7 +146,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
@@ -157,8 +154,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    begun = record.begin("generate", asked)
 
     config = GPT2Config(n_layers=asked.layers, d_model=asked.width, n_heads=asked.heads)
     model = Model(config=config, precision=Precision(compute="float32"))
@@ -172,12 +169,7 @@ def main() -> None:
             prompts = rng.integers(0, config.vocab_size, (batch, asked.prompt_tokens)).tolist()
             results.append(compare(contestants, prompts, asked.new_tokens, asked.rounds))
             show(results[-1])
-    if asked.json:
-        machine = {"processor": platform.processor(), "cores": CORES, "load": os.getloadavg()[0]}
-        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        asked.json.write_text(
-            json.dumps({"machine": machine, "versions": versions, "results": results}, indent=1) + "\n"
-        )
+    begun.write({"batches": results}, {"transformers": record.versions_of("torch", "transformers")})
 
 
 if __name__ == "__main__":

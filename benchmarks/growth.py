@@ -1,6 +1,6 @@
 """How the cost of a step grows: with layers, width, length and batch, as fitted exponents; and what should stay flat.
 
-    python benchmarks/growth.py [--rounds 7] [--json growth.json]
+    python benchmarks/growth.py [--rounds 7] [--json FILE]
 
 Each row changes one thing of a small GPT-2 and fits time ~ x^exponent over the sizes. Theory: 1 for layers and batch
 once the work outweighs the rest, up to 2 for width (less while the head and the vocabulary dominate), 1 to 2 for length
@@ -8,15 +8,13 @@ once the work outweighs the rest, up to 2 for width (less while the head and the
 exponent of 0.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+import record
 
 from meshgpt import runtime
 from meshgpt.axes import MeshShape, make_mesh, spec
@@ -79,10 +77,10 @@ def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    begun = record.begin("growth", args)
     runtime.keep_freed_memory()
     kept: dict[str, list[Cost]] = {}
     with jax.set_mesh(make_mesh(MeshShape(data=1), jax.devices()[:1])):
@@ -95,10 +93,10 @@ def main() -> None:
     memory = exponent(SIZES["batch"], [cost.bytes_a_token for cost in kept["batch"]])
     for name, growth in zip(FLAT, (compiling, memory), strict=True):
         print(f"{name} against {FLAT[name]}: exponent {growth:.2f}")
-    if args.json:
-        costs = {what: [dataclasses.asdict(cost) for cost in row] for what, row in kept.items()}
-        figures = {"base": BASE, "sizes": SIZES, "costs": costs, "compiling": compiling, "memory": memory}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    costs = {what: [dataclasses.asdict(cost) for cost in row] for what, row in kept.items()}
+    time_of = {what: exponent(SIZES[what], [cost.seconds for cost in row]) for what, row in kept.items()}
+    figures = {"base": BASE, "sizes": SIZES, "costs": costs, "time": time_of}
+    begun.write(figures | {"compiling": compiling, "memory": memory}, {})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Seconds until something happens: `meshgpt --help`, and a run's first step, cold and with the compilation cache.
 
-    python benchmarks/startup.py [RECIPE] [--repeat 3]
+    python benchmarks/startup.py [RECIPE] [--repeat 3] [--json FILE]
 
 The run's text is prepared first, so that what is measured is imports, tracing, compiling (or the cache), and the first
 step. Each start is a process of its own, from nothing to the line of its first step.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import record
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,14 +36,17 @@ def seconds_until(command: list[str], line: str, environment: dict[str, str]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("recipe", nargs="?", default=str(ROOT / "configs" / "quickstart.py"))
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    begun = record.begin("startup", args)
+    seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as room:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         helps = [sys.executable, "-m", "meshgpt.cli", "--help"]
-        report("meshgpt --help", [seconds_until(helps, "", environment) for _ in range(args.repeat + 1)][1:])
+        seconds["help"] = [seconds_until(helps, "", environment) for _ in range(args.repeat + 1)][1:]
+        report("meshgpt --help", seconds["help"])
         train = [sys.executable, "-m", "meshgpt.train", args.recipe, "--data.prepare.out", f"{room}/data"]
         train += ["--log-every", "1", "--resume", "never"]
         prepared = [*train, "--run-dir", f"{room}/first"]
@@ -55,6 +59,7 @@ def main() -> None:
             warm.append(seconds_until(command, "step 1/", environment | {"XDG_CACHE_HOME": f"{room}/warm"}))
         report("first step, nothing compiled before", cold)
         report("first step, with the compilation cache", warm)
+    begun.write(seconds | {"cold": cold, "warm": warm}, {})
 
 
 def report(what: str, seconds: list[float]) -> None:

@@ -5,23 +5,21 @@
 
 Both start from the same weights, see the same tokens and do the same work: forward, loss, backward, clipping by global
 norm, AdamW with decay of matrices only, gradients cleared. They have to agree on the losses of the first steps before
-anything is timed. Then they take turns, one step each; medians, quartiles and the ratio of medians are printed, and
-written as JSON. Last comes what a call of our step costs in Python, at the same depth: the time to dispatch it, not to
+anything is timed. Then they take turns, one step each; medians, quartiles and the ratio of medians are printed.
+Last comes what a call of our step costs in Python, at the same depth: the time to dispatch it, not to
 run it, for a model too small to keep the device busy.
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
+import record
 import torch
 import transformers
 
@@ -157,19 +155,19 @@ def summary(seconds: list[float], tokens: int) -> dict[str, float]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = record.parser(__doc__)
     for name, default in (("layers", 12), ("width", 384), ("heads", 6), ("batch", 4), ("seq", 256), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--unroll", type=int, default=Execution().unroll, help="see meshgpt.layers.Execution")
     parser.add_argument("--remat", default=Execution().remat, help="see meshgpt.layers.Execution")
     parser.add_argument("--chunk", type=int, default=NextToken().chunk_tokens, help="see meshgpt.loss.NextToken")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    begun = record.begin("train_step", args)
     if jax.default_backend() != "cpu":
         raise SystemExit(f"this comparison is of CPUs, and JAX runs on {jax.default_backend()}: set JAX_PLATFORMS=cpu")
     cores = len(os.sched_getaffinity(0))
@@ -197,14 +195,9 @@ def main() -> None:
     ratio = figures["torch"]["median_ms"] / figures["meshgpt"]["median_ms"]
     print(f"meshgpt is {ratio:.2f}x as fast as eager PyTorch; compiled in {ours.compile_seconds:.1f} s")
     print(f"a call of the step costs {1e3 * overhead:.3f} ms of Python at {args.layers} layers")
-    if args.json:
-        machine = {"cores": cores, "processor": platform.processor() or platform.machine()}
-        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        shape = {key: value for key, value in vars(args).items() if key != "json"}
-        results = {"figures": figures, "ratio": ratio, "losses": losses, "overhead_ms": 1e3 * overhead}
-        report = {"shape": shape, "machine": machine, "versions": versions, **results}
-        report |= {"compile_seconds": ours.compile_seconds, "seconds": seconds}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    results = {"contestants": figures, "ratio": ratio, "losses": losses, "overhead_ms": 1e3 * overhead}
+    results |= {"compile_seconds": ours.compile_seconds, "seconds": seconds}
+    begun.write(results, {"torch": record.versions_of("torch", "transformers")})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""What every benchmark writes with `--json FILE`: its figures, and all that says where they come from.
+
+    parser = record.parser(__doc__)                  # argparse, with --json
+    asked = parser.parse_args()
+    begun = record.begin("growth", asked)            # before the work: the load of the machine is taken here
+    begun.write({"exponent": 1.0}, {"transformers": record.versions_of("torch", "transformers")})
+
+The file: benchmark, command, environment (variables that change what runs), arguments (defaults among them), date
+(UTC), commit, changed (files of the program that differ from that commit), machine (cpu, cores allowed, memory_gib,
+accelerator), versions (python, jax, jaxlib), peers (who took part, with their versions), load (averages over 1, 5 and
+15 minutes as it began), figures. Results that the documentation quotes are in results/; page.py makes tables of them.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+_TELLING = ("JAX_", "XLA_", "MALLOC_", "OMP_", "MKL_", "PYTORCH_", "CUDA_")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, with all that record.py adds")
+    return made
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Of packages installed for this Python; one that is not there raises PackageNotFoundError."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A benchmark under way."""
+
+    benchmark: str
+    asked: argparse.Namespace
+    date: str
+    load: tuple[float, ...]
+    changes: tuple[str | None, list[str]]
+
+    def write(self, figures: dict[str, Any], peers: dict[str, dict[str, str]]) -> None:
+        """The file that was asked for, if one was; `peers` by name, with the versions of what they are made of."""
+        if self.asked.json is None:
+            return
+        commit, changed = self.changes
+        envelope = {
+            "benchmark": self.benchmark,
+            "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "environment": _environment(),
+            "arguments": {name: _plain(value) for name, value in vars(self.asked).items() if name != "json"},
+            "date": self.date,
+            "commit": commit,
+            "changed": changed,
+            "machine": machine(),
+            "versions": {"python": platform.python_version(), **versions_of("jax", "jaxlib")},
+            "peers": peers,
+            "load": self.load,
+            "figures": figures,
+        }
+        self.asked.json.parent.mkdir(parents=True, exist_ok=True)
+        self.asked.json.write_text(json.dumps(envelope, indent=1) + "\n", encoding="utf-8")
+
+
+def begin(benchmark: str, asked: argparse.Namespace) -> Begun:
+    """`benchmark` names the renderer in page.py; `asked` comes from a parser of `parser` above."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return Begun(benchmark=benchmark, asked=asked, date=date, load=os.getloadavg(), changes=_changes())
+
+
+def machine() -> dict[str, Any]:
+    cpu = _line(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
+    memory = _line(Path("/proc/meminfo"), "MemTotal")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,
+        "accelerator": accelerator(),
+    }
+
+
+def accelerator() -> str | None:
+    """Such as "1 x NVIDIA H200", as JAX sees it; None on CPU."""
+    import jax
+
+    devices = jax.devices()
+    return None if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _environment() -> dict[str, str]:
+    """Variables that change what runs; folders do not."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TELLING) and not k.endswith("_DIR")}
+
+
+def _line(path: Path, key: str) -> str:
+    """The value of the first `key: value` line; "" where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), "")
+
+
+def _changes() -> tuple[str | None, list[str]]:
+    """The commit of the working tree, and which of the program's files differ from it; (None, []) without git."""
+
+    def git(*words: str) -> str:
+        asked = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return asked.stdout.strip() if asked.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("diff", "--name-only", "HEAD", "--", "meshgpt", "configs", "benchmarks", ":!benchmarks/results")
+    return commit or None, changed.splitlines()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
