@@ -114,7 +114,7 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
         value = kind(text)
     except ValueError:
         value = -1
-    if value < 0:
+    if not 0 <= value < float("inf"):
         raise UserError(f"--{name.replace('_', '-')} {text!r} is not a number of 0 or more")
     return value
 

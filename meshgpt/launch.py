@@ -29,7 +29,9 @@ the newest intact checkpoint. Ctrl-C or SIGTERM saves on all of them at the same
   --hang-seconds S   no sign of life for so long, and for 20 usual steps: the process hangs (30)
   --start-seconds S  the same before the second step, which has data, checkpoint and compilation before it (3600)
   --busy-seconds S   the same in a save, an evaluation, or at the end of the run (1800)
-  --grace-seconds S  for saving, after Ctrl-C or SIGTERM (120)"""
+  --grace-seconds S  for saving, after Ctrl-C or SIGTERM (120)
+  --deadline-seconds S
+                     within which all must have come to the coordinator (MESHGPT_DEADLINE, or 300)"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,6 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(f"--{name}", type=int, default=default)
     times = {
         "hang": Silence.seconds, "start": Silence.start, "busy": Silence.busy, "grace": Patience.grace,
+        "deadline": Patience.deadline,
     }  # fmt: skip
     for name, seconds in times.items():
         parser.add_argument(f"--{name}-seconds", type=float, default=seconds)
@@ -53,8 +56,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if asked.processes < 1:
         raise UserError(f"--processes {asked.processes}: give at least 1")
     for name in ("devices", "max_restarts", *(f"{name}_seconds" for name in times)):
-        if getattr(asked, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: this cannot be negative")
+        if not getattr(asked, name) >= 0:  # a NaN neither
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: give a number of 0 or more")
     if not 0 <= asked.port < 2**16:
         raise UserError(f"--port {asked.port}: give a port from 1 to 65535, or 0 for a free one")
     return asked, asked.rest
@@ -62,7 +65,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def patience(asked: argparse.Namespace) -> Patience:
     silence = Silence(seconds=asked.hang_seconds, start=asked.start_seconds, busy=asked.busy_seconds)
-    return Patience(max_restarts=asked.max_restarts, silence=silence, grace=asked.grace_seconds)
+    return Patience(
+        max_restarts=asked.max_restarts, silence=silence, grace=asked.grace_seconds, deadline=asked.deadline_seconds
+    )
 
 
 def fits(run: Run, devices: int) -> bool:

@@ -36,7 +36,8 @@ class Patience:
 
     max_restarts: in a row without a checkpoint gained, before giving up. silence: that of a process that hangs.
     grace: for saving, after SIGTERM. pause: before the first restart, twice as long before the second that gains
-    nothing, and so on. poll: between two looks.
+    nothing, and so on. poll: between two looks. deadline: the processes' own, within which all must have found each
+    other; 0 leaves it to the environment.
     """
 
     max_restarts: int = 5
@@ -44,6 +45,7 @@ class Patience:
     grace: float = 120.0
     pause: float = 1.0
     poll: float = 0.05
+    deadline: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,8 @@ class Supervisor:
         if layout.devices:
             chosen |= {"JAX_NUM_CPU_DEVICES": str(layout.devices)}
             chosen |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+        if self._patience.deadline:
+            chosen |= {"MESHGPT_DEADLINE": str(self._patience.deadline)}
         if layout.processes > 1:
             chosen |= {"MESHGPT_COORDINATOR": f"127.0.0.1:{layout.port or _free_port()}"}
             chosen |= {} if layout.port else {"MESHGPT_ANY_PORT": "1"}

@@ -73,6 +73,7 @@ def test_slurm_is_found_and_one_process_is_no_pod(monkeypatch: pytest.MonkeyPatc
         ({"coordinator": "10.0.0.1"}, "give HOST:PORT of process 0"),
         ({"coordinator": ""}, "--coordinator HOST:PORT is missing"),
         ({"deadline": "soon"}, "--deadline 'soon' is not a number"),
+        ({"deadline": "inf"}, "--deadline 'inf' is not a number"),
     ],
 )
 def test_incomplete_placements_are_refused(changed: dict[str, str], said: str):

@@ -272,8 +272,11 @@ def test_each_part_of_a_run_has_its_own_patience():
     [
         (("--processes", "0"), "--processes 0: give at least 1"),
         (("--processes", "two"), "invalid int value: 'two'"),
-        (("--max-restarts", "-1"), "--max-restarts -1: this cannot be negative"),
-        (("--hang-seconds", "-2"), "--hang-seconds -2.0: this cannot be negative"),
+        (("--max-restarts", "-1"), "--max-restarts -1: give a number of 0 or more"),
+        (("--hang-seconds", "-2"), "--hang-seconds -2.0: give a number of 0 or more"),
+        (("--deadline-seconds", "-1"), "--deadline-seconds -1.0: give a number of 0 or more"),
+        (("--deadline-seconds", "nan"), "--deadline-seconds nan: give a number of 0 or more"),
+        (("--deadline-seconds", "soon"), "invalid float value: 'soon'"),
         (("--port", "99999"), "--port 99999: give a port"),
         (("--procs", "2"), "unrecognized arguments: --procs"),
         (("--processes", "3"), "mesh data=2 fsdp=1 tensor=1 needs 2 devices, and there are 3"),
@@ -288,6 +291,17 @@ def test_mistakes_are_told_before_anything_starts(
     assert cli.main(["launch", *flags, str(recipe), "--mesh.data", "2", "--run-dir", str(run)]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not run.exists()
+
+
+@pytest.mark.parametrize(("flags", "told"), [((), "77"), (("--deadline-seconds", "12.5"), "12.5")])
+def test_the_deadline_of_the_processes_is_the_flag_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], told: str
+):
+    monkeypatch.setenv("MESHGPT_DEADLINE", "77")
+    patience = launch.patience(launch.parse(["--processes", "2", *flags, "recipe.py"])[0])
+    fault = '(folder / f"told-{number}").write_text(os.environ["MESHGPT_DEADLINE"])'
+    assert Launched(tmp_path, fault, processes=2, patience=patience).supervisor.run() == 0
+    assert [(tmp_path / f"told-{number}").read_text() for number in range(2)] == [told, told]
 
 
 def test_what_a_restart_runs(workshop: Workshop, tmp_path: Path):
