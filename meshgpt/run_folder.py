@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.origin = path / "init.json"
         self.sessions = path / "sessions.json"
+        self.restarts = path / "restarts.jsonl"
         self.evals = path / "evals"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples.txt"

@@ -71,6 +71,22 @@ def test_the_card_says_what_the_run_was(tmp_path):
     assert "Ember, Global Electricity Review 2024" in markdown
 
 
+def test_restarts_are_a_row_where_there_were_any(tmp_path):
+    rows = [row | {"restarts": 2, "goodput": 0.5 + row["step"] / 300} for row in fake_run.rows()]
+    folder = fake_run.write(tmp_path / "hardy", figures=rows)
+    assert "Restarts" not in text_of(read_facts(folder))
+    entry = {"restart": 1, "reason": HOSTILE, "began_at_step": 0, "last_step": 5, "processes": 2, "goodput": 0.1}
+    times = ("2026-01-01T00:00:00Z", "2026-01-02T03:04:05Z", "2026-01-03T00:00:00Z")  # the first was set aside's
+    lines = [json.dumps(entry | {"time": time}) for time in times]
+    damage = ["[1]", "{}", json.dumps({"time": 3}), json.dumps({"time": HOSTILE})[:-1], '{"time": "2026-01-0']
+    (folder / "restarts.jsonl").write_bytes("\n".join([*lines, *damage]).encode() + b"\xff\n")
+    markdown = text_of(read_facts(folder))
+    assert row_of(markdown, "Restarts") == ["2, goodput 83.3% (time of the steps that count, since the last launch)"]
+    assert "alert" not in markdown
+    (folder / "metrics.jsonl").write_text("")
+    assert row_of(text_of(read_facts(folder)), "Restarts") == ["2"]
+
+
 def test_evaluations_stand_beside_published_figures_and_by_iteration(tmp_path):
     markdown = text_of(read_facts(fake_run.write(tmp_path / "small", evals=EVALS)))
     header = row_of(markdown, "Model")

@@ -178,6 +178,7 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
         *((f"Changed at step {change['step']:,}", _change(change)) for change in facts.record.get("history", [])),
         ("Hardware", facts.hardware or "not recorded"),
         ("Hours", hours),
+        *_restarts(facts),
         ("Total FLOs", f"{facts.flops:.3g} ({amount(facts.flops_per_token)} a token: {_FLOPS_RULE})"),
         ("Energy", "not known" if spent.kwh is None else f"{spent.kwh:.4g} kWh"),
         ("Last training loss", _number(facts.last("loss"))),
@@ -192,6 +193,15 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
         Table(header=("", "Value"), rows=rows),
         Code(language="", text=clean(str(facts.record.get("command", "")))),
     ]
+
+
+def _restarts(facts: Facts) -> list[tuple[str, str]]:
+    """A row of those of `meshgpt launch`, if there were any."""
+    if not facts.restarts:
+        return []
+    goodput = facts.last("goodput")
+    share = "" if goodput is None else f", goodput {goodput:.1%} (time of the steps that count, since the last launch)"
+    return [("Restarts", f"{facts.restarts:,}{share}")]
 
 
 _FLOPS_RULE = "6 per weight of a matmul, and attention"

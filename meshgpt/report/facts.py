@@ -48,8 +48,9 @@ class Source:
 class Facts:
     """A run as its folder has it.
 
-    rows: of metrics.jsonl. sessions: of sessions.json. sources: of the token store, [] where it is gone.
-    notes: what could not be read, in sentences. flops_per_token: of training.
+    rows: of metrics.jsonl. sessions: of sessions.json. restarts: how often `meshgpt launch` started it again.
+    sources: of the token store, [] where it is gone. notes: what could not be read, in sentences.
+    flops_per_token: of training.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Facts:
     record: dict[str, Any]
     rows: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
+    restarts: int
     results: list[Result]
     sources: list[Source]
     notes: list[str]
@@ -142,19 +144,29 @@ def read_facts(path: Path) -> Facts:
     notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
     notes += missing + _torn(folder.metrics)
     notes += [] if rows else ["nothing was logged yet"]
+    record = json.loads(folder.record.read_text(encoding="utf-8"))
     return Facts(
         folder=path,
         name=path.resolve().name or "run",
         run=run,
-        record=json.loads(folder.record.read_text(encoding="utf-8")),
+        record=record,
         rows=rows,
         sessions=read_sessions(folder.sessions),
+        restarts=_restarts(folder.restarts, str(record.get("started", ""))),
         results=results,
         sources=sources,
         notes=notes,
         parameters=scaling.count_parameters(parameter_shapes(run.model), run.model.vocab_size),
         flops_per_token=flops_per_token(run),
     )
+
+
+def _restarts(path: Path, since: str) -> int:
+    """Restarts since a time (UTC, ISO 8601), as the supervisor wrote them; those of a run set aside stay there."""
+    if not path.exists():
+        return 0
+    times = [entry["time"] for line in path.read_bytes().splitlines() if (entry := _object(line)) and "time" in entry]
+    return sum(type(time) is str and time >= since for time in times)
 
 
 def _torn(metrics: Path) -> list[str]:
@@ -171,11 +183,16 @@ def _torn(metrics: Path) -> list[str]:
 
 
 def _is_row(line: bytes) -> bool:
+    return type(_object(line).get("step")) is int
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; {} where it has none."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and type(row.get("step")) is int
+        value = json.loads(line)
+    except ValueError:  # covers broken JSON and broken UTF-8
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _sources(run: Run, folder: RunFolder, step: int) -> tuple[list[Source], list[str]]:
