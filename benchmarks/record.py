@@ -13,6 +13,7 @@ accelerator), versions (python, jax, jaxlib), peers (who took part, with their v
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -80,21 +81,25 @@ def begin(benchmark: str, asked: argparse.Namespace) -> Begun:
 
 def machine() -> dict[str, Any]:
     cpu = _line(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
-    memory = _line(Path("/proc/meminfo"), "MemTotal")
+    memory, found = _line(Path("/proc/meminfo"), "MemTotal"), device()
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,
-        "accelerator": accelerator(),
+        "accelerator": None if found["platform"] == "cpu" else f"{found['count']} x {found['kind']}",
     }
 
 
-def accelerator() -> str | None:
-    """Such as "1 x NVIDIA H200", as JAX sees it; None on CPU."""
-    import jax
-
-    devices = jax.devices()
-    return None if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
+@functools.cache
+def device() -> dict[str, Any]:
+    """platform, kind and count of JAX's devices, from a process of its own: the one that asks keeps a GPU's memory."""
+    program = (
+        "import json, jax; from meshgpt import runtime; runtime.quiet_libtpu(); d = jax.devices(); "
+        "print(json.dumps({'platform': d[0].platform, 'kind': d[0].device_kind, 'count': len(d)}))"
+    )
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
+    asked = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(asked.stdout.splitlines()[-1])
 
 
 def _environment() -> dict[str, str]:
@@ -116,8 +121,8 @@ def _changes() -> tuple[str | None, list[str]]:
         return asked.stdout.strip() if asked.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
-    changed = git("diff", "--name-only", "HEAD", "--", "meshgpt", "configs", "benchmarks", ":!benchmarks/results")
-    return commit or None, changed.splitlines()
+    changed = git("status", "--porcelain", "--", "meshgpt", "configs", "benchmarks", ":!benchmarks/results")
+    return commit or None, [line.split()[-1] for line in changed.splitlines()]
 
 
 def _plain(value: object) -> object:

@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
         return float(jax.block_until_ready(loss))
 
     stats = jax.devices()[0].memory_stats()
-    protocol.serve(step, begun, None if stats is None else lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+    peak = None if stats is None else lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    protocol.serve(step, begun, protocol.versions_of("transformers", "jax", "jaxlib", "flax", "optax"), peak)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
 
         stats = jax.devices()[0].memory_stats()
         peak = None if stats is None else lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-        protocol.serve(step, begun, peak)
+        protocol.serve(step, begun, protocol.versions_of("jax", "jaxlib", "flax"), peak)
 
 
 if __name__ == "__main__":
