@@ -1,7 +1,8 @@
 """Power and price of devices, for energy and cost: assumptions that a reader may replace; each says its source.
 
-Power is the maker's rating of one JAX device (thermal design power; a device of TPU v2, v3 and v7 is half a chip): what
-training draws is near it on a busy device and less on an idle one. Host, network and cooling are not in it.
+Power is the maker's rating of one JAX device (thermal design power; of TPU v3 and v4 the measured maximum, which is all
+that is published of v4; a device of TPU v2, v3 and v7 is half a chip): what training draws is near it on a busy device
+and less on an idle one. Host, network and cooling are not in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Device:
 
     name: as a user types it (`--hardware 8xA100`). kind: JAX's `device_kind` of the usual variant. pattern: of all
     variants that share the figures. watts: rated power of one JAX device; None where the maker gives none. dollars: per
-    device and hour, a round figure for renting one on demand in 2025, given only as a starting point; None: unknown.
+    device and hour, a round figure for renting one on demand in 2026, given only as a starting point; None: unknown.
     """
 
     name: str
@@ -30,9 +31,12 @@ class Device:
 
 
 _SHEET = "NVIDIA data sheet"
-_V4 = "Jouppi et al. 2023 (TPU v4), table 4"
-_V3 = "Jouppi et al. 2021 (Ten Lessons), table 1"
+_LESSONS = "Jouppi et al. 2021 (Ten Lessons), table 1"
+_PAGE = "Google Cloud's page of the TPU, measured maximum"
 
+# All watts were compared with published tables. Dollars: of TPU v4 and later Google's list prices, as GKE's autoscaler
+# has them; of A100, H100, H200 and B200 within what smaller clouds listed in the autumn of 2026 (large ones ask up to
+# three times as much); all others are from memory and not confirmed.
 DEVICES = (
     Device(name="V100", kind="Tesla V100-SXM2-16GB", pattern=r"Tesla V100-SXM.*", watts=300, source=_SHEET, dollars=1),
     Device(name="T4", kind="Tesla T4", pattern=r"Tesla T4", watts=70, source=_SHEET, dollars=0.4),
@@ -42,17 +46,17 @@ DEVICES = (
     Device(name="L40S", kind="NVIDIA L40S", pattern=r"NVIDIA L40S", watts=350, source=_SHEET, dollars=1.5),
     Device(name="H100", kind="NVIDIA H100 80GB HBM3", pattern=r"NVIDIA H100 80GB HBM3", watts=700, source=_SHEET,
            dollars=3),
-    Device(name="H200", kind="NVIDIA H200", pattern=r"NVIDIA H200", watts=700, source=_SHEET, dollars=3.5),
-    Device(name="B200", kind="NVIDIA B200", pattern=r"NVIDIA B200", watts=1000, source=_SHEET, dollars=5),
+    Device(name="H200", kind="NVIDIA H200", pattern=r"NVIDIA H200", watts=700, source=_SHEET, dollars=4.5),
+    Device(name="B200", kind="NVIDIA B200", pattern=r"NVIDIA B200", watts=1000, source=_SHEET, dollars=6),
     Device(name="3060", kind="NVIDIA GeForce RTX 3060", pattern=r"NVIDIA GeForce RTX 3060", watts=170, source=_SHEET,
            dollars=None),
     Device(name="3090", kind="NVIDIA GeForce RTX 3090", pattern=r"NVIDIA GeForce RTX 3090", watts=350, source=_SHEET,
            dollars=0.3),
     Device(name="4090", kind="NVIDIA GeForce RTX 4090", pattern=r"NVIDIA GeForce RTX 4090", watts=450, source=_SHEET,
            dollars=0.5),
-    Device(name="TPUv2", kind="TPU v2", pattern=r"TPU v2", watts=280 / 2, source=_V3, dollars=0.55),
-    Device(name="TPUv3", kind="TPU v3", pattern=r"TPU v3", watts=450 / 2, source=_V3, dollars=1.1),
-    Device(name="TPUv4", kind="TPU v4", pattern=r"TPU v4", watts=192, source=f"{_V4}, maximum", dollars=3.2),
+    Device(name="TPUv2", kind="TPU v2", pattern=r"TPU v2", watts=280 / 2, source=_LESSONS, dollars=0.55),
+    Device(name="TPUv3", kind="TPU v3", pattern=r"TPU v3", watts=262 / 2, source=_PAGE, dollars=1.1),
+    Device(name="TPUv4", kind="TPU v4", pattern=r"TPU v4", watts=192, source=_PAGE, dollars=3.22),
     Device(name="TPUv5e", kind="TPU v5 lite", pattern=r"TPU v5 lite|TPU v5e", watts=None, source="", dollars=1.2),
     Device(name="TPUv5p", kind="TPU v5", pattern=r"TPU v5|TPU v5p", watts=None, source="", dollars=4.2),
     Device(name="TPUv6e", kind="TPU v6 lite", pattern=r"TPU v6 lite|TPU v6e", watts=None, source="", dollars=2.7),

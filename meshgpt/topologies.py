@@ -37,34 +37,44 @@ class Generation:
     slices: tuple[str, ...]
 
 
-# Slices and wrap-around: Google Cloud's pages of TPU v2, v3, v4, v5e, v5p and v6e, tables of configurations. On v4 and
-# v5p every slice of whole 4x4x4 cubes is a torus, on v5e and v6e an axis of 16 chips is a ring, on v2 and v3 only the
-# whole pod. Links: v2 and v3 from Jouppi et al. 2020 ("A Domain-Specific Supercomputer for Training Deep Neural
-# Networks", 496 and 656 Gbit/s), the others and the network from Austin et al. 2025 ("How to Scale Your Model", chapter
-# 2). A device of v2 and v3 is half a chip and has half of its links.
+# Sources are named in each row: "page" is Google Cloud's of that generation, "book" Austin et al. 2025 ("How to Scale
+# Your Model", chapter 2), "paper" Jouppi et al. 2020 ("A Domain-Specific Supercomputer for Training Deep Neural
+# Networks"), quoted from memory. On v4 and v5p every slice of whole 4x4x4 cubes is a torus, on v5e and v6e an axis of
+# 16 chips is a ring (book); on v2 and v3 only the whole pod. A device of v2 and v3 is half a chip and has half of its
+# links.
 GENERATIONS = {
+    # Names: torchx's list of TPU types. Not confirmed: shapes above 4x4; links, 496 Gbit/s (paper); network, that of
+    # v3.
     "v2": Generation(
         number=2, devices=2, memory=int(7.5 * _GIB), link=62e9 / 2, network=1.5e9, splash=False, wraps=16, torus=True,
         slices=("2x2", "4x4", "8x8", "8x16", "16x16"),
     ),
+    # Names: torchx's list; shapes: GKE's table. Links: 656 Gbit/s (paper), and 340 TB/s of all-reduce in a pod (page)
+    # are 4 of 83 GB/s a chip; the book has 100. Not confirmed: the network, 100 Gbit/s for the 8 devices of a host.
     "v3": Generation(
         number=2, devices=2, memory=int(15.5 * _GIB), link=82e9 / 2, network=1.5e9, splash=False, wraps=32, torus=True,
         slices=("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "16x32", "32x32"),
     ),
+    # Slices: MaxText's table of accelerators. Links: book, and 1.1 PB/s of all-reduce in a pod (page) are 6 of 45 GB/s
+    # a chip. Network: book, 25 GB/s a host of 4 chips.
     "v4": Generation(
         number=2, devices=1, memory=int(30.75 * _GIB), link=45e9, network=6.25e9, splash=True, wraps=4, torus=True,
         options=(("chip_config_name", "megacore"),),
-        slices=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16"),
+        slices=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "8x8x8", "8x8x12", "8x8x16",
+                "8x16x16"),
     ),
+    # Slices: page. Links: book. Network: page, 6.4 Tbit/s for 256 chips.
     "v5e": Generation(
         number=1, devices=1, memory=int(15.75 * _GIB), link=45e9, network=3.125e9, splash=True, wraps=16, torus=False,
         slices=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     ),
+    # Slices: page. Links: book. Network: page, 50 Gbit/s a chip.
     "v5p": Generation(
         number=2, devices=1, memory=int(95.7 * _GIB), link=90e9, network=6.25e9, splash=True, wraps=4, torus=True,
         slices=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x12x16",
                 "8x16x16", "12x16x16", "16x16x16", "16x16x24"),
     ),
+    # Slices: page. Links: book. Not found again: the network, 100 Gbit/s a chip.
     "v6e": Generation(
         number=1, devices=1, memory=int(31.25 * _GIB), link=90e9, network=12.5e9, splash=True, wraps=16, torus=False,
         slices=("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -93,7 +103,10 @@ class Gpu:
 
 _MIB = 1 << 20
 
-# NVIDIA's data sheets and architecture papers; the memory of H100 and H200 as CUDA reports it, of the others as sold.
+# Memory, cores, cache and traffic of H100 and A100 are those of XLA's own target configs. GeForce: public logs of
+# deviceQuery, with the least memory of any driver (newer ones keep more of it); traffic as sold. NVLink: data sheets,
+# 600 (A100) and 900 GB/s (H100, H200) both ways together. PCIe 4: 16 GT/s x 16 lanes x 128/130. Of H200, XLA's config
+# has 141.0 GiB and this cache, logs of cards this memory, and one of them a cache of 60 MiB.
 GPUS = {
     "h100": Gpu(
         kind="NVIDIA H100 80GB HBM3", capability=(9, 0), cores=132, clock=1.98, memory=84_929_347_584,
@@ -104,19 +117,19 @@ GPUS = {
         cache=50 * _MIB, traffic=4_800_000_000_000, link=450e9,
     ),
     "a100": Gpu(
-        kind="NVIDIA A100-SXM4-80GB", capability=(8, 0), cores=108, clock=1.41, memory=80 * _GIB,
-        cache=40 * _MIB, traffic=2_039_000_000_000, link=300e9,
+        kind="NVIDIA A100-SXM4-80GB", capability=(8, 0), cores=108, clock=1.41, memory=85_100_068_864,
+        cache=40 * _MIB, traffic=2_039_040_000_000, link=300e9,
     ),
     "rtx3060": Gpu(
-        kind="NVIDIA GeForce RTX 3060", capability=(8, 6), cores=28, clock=1.78, memory=12 * _GIB,
-        cache=3 * _MIB, traffic=360_000_000_000, link=31.5e9,
+        kind="NVIDIA GeForce RTX 3060", capability=(8, 6), cores=28, clock=1.78, memory=12_587_106_304,
+        cache=2_359_296, traffic=360_000_000_000, link=31.5e9,
     ),
     "rtx3090": Gpu(
-        kind="NVIDIA GeForce RTX 3090", capability=(8, 6), cores=82, clock=1.70, memory=24 * _GIB,
+        kind="NVIDIA GeForce RTX 3090", capability=(8, 6), cores=82, clock=1.70, memory=25_206_325_248,
         cache=6 * _MIB, traffic=936_000_000_000, link=31.5e9,
     ),
     "rtx4090": Gpu(
-        kind="NVIDIA GeForce RTX 4090", capability=(8, 9), cores=128, clock=2.52, memory=24 * _GIB,
+        kind="NVIDIA GeForce RTX 4090", capability=(8, 9), cores=128, clock=2.52, memory=25_250_627_584,
         cache=72 * _MIB, traffic=1_008_000_000_000, link=31.5e9,
     ),
 }  # fmt: skip
