@@ -61,11 +61,13 @@ def test_a_reader_that_goes_away_is_no_error():
     assert (process.wait(), said) == (141, b"")
 
 
-@pytest.mark.parametrize(("raised", "code"), [("UserError('no')", 2), ("MachineError('no')", 3), ("", 2)])
+@pytest.mark.parametrize(
+    ("raised", "code"), [("UserError('no')", 2), ("MachineError('no')", 3), ("PortTakenError('no')", 4), ("", 2)]
+)
 def test_a_full_disk_under_the_output_does_not_change_the_exit_code(raised: str, code: int):
     script = f"""
 import sys
-from meshgpt.errors import MachineError, UserError, exit_code
+from meshgpt.errors import MachineError, PortTakenError, UserError, exit_code
 def command():
     {f"raise {raised}" if raised else "print('a line')"}
 sys.exit(exit_code(command))
