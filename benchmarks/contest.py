@@ -4,6 +4,7 @@
 is left out with the reason, and the rest go on.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,7 +95,9 @@ class Contestant:
             self.ready = self._hear()
         except Failed:
             late = time.monotonic() - begun >= patience
-            raise Failed(f"not ready within {patience:.0f} s" if late else self._why()) from None
+            why = f"not ready within {patience:.0f} s" if late else self._why()
+            self.end()
+            raise Failed(why) from None
         finally:
             alarm.cancel()
 
@@ -109,8 +112,8 @@ class Contestant:
 
     def end(self) -> None:
         self._process.kill()
-        self._process.wait()
-        self._errors.close()
+        with contextlib.suppress(BrokenPipeError), self._process, self._errors:
+            pass  # closes what leads to it
 
     def _ask(self, what: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -186,7 +189,7 @@ class Contest:
                     self._step(name, running, counts=turn >= 0)
                 if turn == 0 and running:
                     seconds = time.monotonic() - begun
-                    print(f"  {rounds} rounds of {', '.join(running)}: {rounds * seconds / 60:.1f} min", flush=True)
+                    print(f"  {rounds} rounds of {', '.join(running)}: about {rounds * seconds:.0f} s", flush=True)
             for name, contestant in list(running.items()):
                 try:
                     result = self.results[name]
