@@ -6,7 +6,7 @@
 Starts N processes on this machine (4), fsdp over all of them, that save a state (parameters and both moments of AdamW
 in float32, random numbers), then N new ones that restore it, with the files dropped from the page cache. Prints what
 each process needs for its shards, what it read for that (/proc/self/io, rchar), and how long saving, checking the
-digests and restoring took; as JSON too, in FOLDER/result.json. `--restore-processes M` restores with another number.
+digests and restoring took. `--restore-processes M` restores with another number.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import record
 from jax.sharding import PartitionSpec
 
 from meshgpt import hosts, runtime
@@ -33,10 +34,11 @@ from meshgpt.gptj import GPTJConfig
 from meshgpt.program import Program
 
 STEP = 1
+ORBAX = "orbax-checkpoint"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--d-model", type=int, default=4096)
@@ -155,6 +157,7 @@ def main() -> None:
     if asked.part:
         runtime.start()
         part(asked)
+    begun = record.begin("checkpoint", asked)
     shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)
     asked.folder.mkdir(parents=True, exist_ok=True)
     saved = pod(asked, "save", asked.processes)
@@ -172,8 +175,7 @@ def main() -> None:
             f"({one['read'] / one['share']:.3f}) in {one['seconds']:.1f} s; digests: "
             f"{one['digests_read'] / 1e6:,.1f} MB in {one['digests_seconds']:.1f} s"
         )
-    result = {"on_disk": on_disk, "saved": saved, "restored": restored}
-    (asked.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    begun.write({"on_disk": on_disk, "saved": saved, "restored": restored}, {"orbax": record.versions_of(ORBAX)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import record
 
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -168,7 +170,7 @@ def theirs(task: str, folder: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--folder", type=Path, help="where there is room (default: the system's temporary folder)")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
@@ -177,27 +179,37 @@ def main() -> None:
         rows = (theirs if "transformers" in asked.task else ours)(asked.task, asked.folder)
         print(json.dumps(rows))
         return
+    begun = record.begin("convert", asked)
+    measured: dict[str, Any] = {}
     for shape in asked.shapes:
         with tempfile.TemporaryDirectory(dir=asked.folder) as room:
             folder = Path(room) / "model"
             make(shape, folder)
-            print(f"{shape}, {(folder / 'model.safetensors').stat().st_size / 1e9:.2f} GB in bfloat16")
+            size = (folder / "model.safetensors").stat().st_size / 1e9
+            measured[shape] = {"gigabytes": size, "rows": (rows := list[Row]()), "failed": (failed := list[str]())}
+            print(f"{shape}, {size:.2f} GB in bfloat16")
             print(f"  {'':<22}{'before':>8}{'peak':>8}{'seconds':>9}{'GB/s':>7}")
             for task in TASKS:
-                _print_task(task, shape, folder)
+                found = _measured(task, shape, folder)
+                rows += found
+                failed += [] if found else [task]
                 for name in ("exported", "saved"):
                     shutil.rmtree(Path(room) / name, ignore_errors=True)
+    begun.write(measured, {"transformers": record.versions_of("torch", "transformers")})
 
 
-def _print_task(task: str, shape: str, folder: Path) -> None:
+def _measured(task: str, shape: str, folder: Path) -> list[Row]:
+    """Of a process of its own, and printed; none if it failed."""
     command = [sys.executable, __file__, shape, "--task", task, "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
     if done.returncode:
         print(f"  {task:<22} failed with {done.returncode}", flush=True)
-        return
-    for row in json.loads(done.stdout.splitlines()[-1]):
+        return []
+    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
         figures = f"{row['before']:8.2f}{row['peak']:8.2f}{row['seconds']:9.1f}{row['rate']:7.2f}"
         print(f"  {row['task']:<22}{figures}  {row['note']}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ orders the text, two students start from every other layer of it: one with the t
 the next-token loss alone. What is there already is not trained again.
 """
 
-import argparse
 import dataclasses
 import statistics
 from pathlib import Path
+
+import record
 
 from meshgpt import runtime
 from meshgpt.checkpoint import Checkpointing
@@ -111,7 +112,7 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--plot", type=Path)
@@ -119,15 +120,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
+    begun = record.begin("distillation", asked)
     runtime.start()
     master, students = compare(asked.out, asked.text, asked.teacher_steps, asked.steps, asked.seeds)
     of_teacher = losses(master)[1][-1]
     print(f"teacher: {of_teacher:.4f}")
+    ends: dict[str, list[float]] = {}
     for taught in (True, False):
-        last = [losses(run)[1][-1] for (kind, _), run in students.items() if kind == taught]
+        last = ends["taught" if taught else "alone"] = [
+            losses(run)[1][-1] for (kind, _), run in students.items() if kind == taught
+        ]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
         each = ", ".join(f"{loss:.4f}" for loss in last)
         print(f"{'taught' if taught else 'text alone'}: {statistics.mean(last):.4f} +- {spread:.4f} ({each})")
+    begun.write({"teacher": of_teacher, "students": ends}, {})
     if asked.plot:
         plot(students, of_teacher, asked.plot)
 

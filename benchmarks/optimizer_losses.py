@@ -6,9 +6,10 @@ The text is the standard library of the Python that runs it. Each optimizer trai
 what is there already is not trained again. Printed is how far each final validation loss lies from float32 AdamW's.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
+
+import record
 
 from meshgpt import runtime
 from meshgpt.checkpoint import Checkpointing
@@ -76,11 +77,12 @@ def plot(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     asked = parser.parse_args()
+    begun = record.begin("optimizer_losses", asked)
     runtime.start()
     curves = {}
     for name, (label, optim) in OPTIMIZERS.items():
@@ -90,6 +92,7 @@ def main() -> None:
     final = next(iter(curves.values()))[1][-1]
     for label, (steps, values) in curves.items():
         print(f"{label}: {values[-1]:.4f} after {steps[-1]:,} steps, {100 * (values[-1] / final - 1):+.2f}%")
+    begun.write({label: {"steps": steps, "losses": values} for label, (steps, values) in curves.items()}, {})
     if asked.plot:
         plot(curves, asked.plot)
 

@@ -8,15 +8,13 @@ parameters themselves, jitted and donated as in the step. The optimizers take tu
 median wall time with quartiles, the CPU time of the process, and both as ratios to AdamW's in float32.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import record
 
 from meshgpt import trees
 from meshgpt.axes import MeshShape, make_mesh
@@ -73,13 +71,13 @@ def measure(updates: dict[str, Callable[[], None]], rounds: int) -> dict[str, di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    begun = record.begin("optimizers", asked)
     config = GPT2Config(
         vocab_size=asked.vocab, n_positions=1024, n_layers=asked.layers, n_heads=asked.width // 64, d_model=asked.width
     )
@@ -103,8 +101,7 @@ def main() -> None:
             f"{name:<16} {middle * 1e3:7.1f} ms ({low * 1e3:.1f} - {high * 1e3:.1f}), x {row['wall_ratio']:.2f}; "
             f"CPU x {row['cpu_ratio']:.2f}; state {row['state_bytes_per_parameter']:.2f} bytes a parameter"
         )
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    begun.write({"parameters": count, "rows": rows}, {})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Text to tokens: `meshgpt prepare` beside the raw speed of `tokenizers` and of sentencepiece, on the same text.
 
-    python benchmarks/prepare.py --tokenizer FOLDER [--text FILE...] [--megabytes 24] [--rounds 3]
+    python benchmarks/prepare.py --tokenizer FOLDER [--text FILE...] [--megabytes 24] [--rounds 3] [--json FILE]
 
 Every round runs all of them one after the other, so that whatever else the machine does falls on each; the best round
 counts. `tokenizers` and sentencepiece get the documents as a list in memory and keep nothing; `prepare` reads JSON
@@ -8,13 +8,14 @@ lines, hashes, splits, tokenizes in worker processes and writes a store; its tim
 which a large corpus pays once.
 """
 
-import argparse
 import json
 import os
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
+
+import record
 
 from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.tokenizer import load_tokenizer, train_sentencepiece
@@ -44,7 +45,7 @@ def timed_prepare(source: Path, tokenizer: Path, out: Path, workers: int) -> tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer of `tokenizers`")
     parser.add_argument(
         "--text", type=Path, nargs="*", default=[], help="UTF-8 text; the standard library if not given"
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
-
+    record_of = record.begin("prepare", asked)
     documents = read_documents(asked.text, asked.megabytes << 20)
     size = sum(len(document.encode()) for document in documents)
     print(f"{len(documents):,} documents, {size / 1e6:.1f} MB, {asked.workers} workers, {os.cpu_count()} CPUs")
@@ -85,9 +86,24 @@ def main() -> None:
             tokens = sum(map(len, processor.encode(documents, num_threads=asked.workers)))
             keep("sentencepiece.encode", time.perf_counter() - begun, tokens)
     raw = best["tokenizers.encode_batch"][0]
+    rows = [
+        {
+            "name": name,
+            "seconds": seconds,
+            "megabytes_per_second": size / seconds / 1e6,
+            "tokens_per_second": tokens / seconds,
+            "of_encode_batch": raw / seconds,
+        }
+        for name, (seconds, tokens) in best.items()
+    ]
     print(f"{'':32} {'seconds':>8} {'MB/s':>7} {'tokens/s':>12}  of encode_batch's MB/s")
-    for name, (seconds, tokens) in best.items():
-        print(f"{name:32} {seconds:8.2f} {size / seconds / 1e6:7.2f} {tokens / seconds:12,.0f}  {raw / seconds:.0%}")
+    for row in rows:
+        print(
+            f"{row['name']:32} {row['seconds']:8.2f} {row['megabytes_per_second']:7.2f} "
+            f"{row['tokens_per_second']:12,.0f}  {row['of_encode_batch']:.0%}"
+        )
+    peers = {name: record.versions_of(name) for name in ("tokenizers", "sentencepiece")}
+    record_of.write({"megabytes": size / 1e6, "rows": rows}, peers)
 
 
 if __name__ == "__main__":

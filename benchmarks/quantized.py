@@ -7,7 +7,6 @@ an evaluation does it; "generated" is one token after another, batch 1 unless --
 bits are dequantized inside the matmuls' program, again for every token.
 """
 
-import argparse
 import dataclasses
 import functools
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 
 from meshgpt import hf, runtime
 from meshgpt.axes import MeshShape, make_mesh, spec
@@ -68,7 +68,7 @@ def measure(form: str, model: Model, params: Tree, tokenizer: ByteLevelBPE, batc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--positions", type=int, default=256)
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new", type=int, default=64)
     asked = parser.parse_args()
+    begun = record.begin("quantized", asked)
     runtime.start()
     tokenizer = train_bpe(["a text of a few words, which is all that is needed here"], 257)
     config = GPT2Config(
@@ -98,6 +99,7 @@ def main() -> None:
     print("| form | bytes | read, tokens/s | generated, tokens/s |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row.form} | {row.nbytes:,} | {row.read:,.0f} | {row.generated:,.1f} |")
+    begun.write({"rows": [dataclasses.asdict(row) for row in rows]}, {})
 
 
 if __name__ == "__main__":

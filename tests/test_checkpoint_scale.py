@@ -18,10 +18,10 @@ METADATA_BYTES = 500_000  # what a restore reads beside the arrays, whatever the
 def measured(folder: Path, *flags: str) -> dict:
     """What `benchmarks/checkpoint.py` finds at 6B's shapes, cut in width to 22 MB a process."""
     command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--folder", str(folder)]
-    command += ["--d-model", "512", "--vocab", "4096", "--heads", "8", *flags]
+    command += ["--d-model", "512", "--vocab", "4096", "--heads", "8", "--json", str(folder / "result.json"), *flags]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return json.loads((folder / "result.json").read_text())
+    return json.loads((folder / "result.json").read_text())["figures"]
 
 
 @pytest.mark.slow

@@ -154,6 +154,7 @@ def test_a_taught_student_is_better_than_one_that_hears_the_text_alone(
 ) -> None:
     """The same student, start, steps and data, on real text: benchmarks/distillation.py, smaller."""
     path = runs.ROOT / "benchmarks" / "distillation.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("distillation_benchmark", path)
     assert spec is not None
     assert spec.loader is not None
