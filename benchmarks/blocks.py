@@ -167,6 +167,85 @@ def prepare(figures: Figures, asked: Figures) -> str:
     return f"{before}\n\n{table(heads, rows)}"
 
 
+def convert(figures: Figures, asked: Figures) -> str:
+    del asked
+    heads = ("task", "before, GiB", "peak, GiB", "seconds", "GB/s")
+    parts = []
+    for shape, one in figures.items():
+        rows = [
+            [row["task"], f"{row['before']:.2f}", f"{row['peak']:.2f}", f"{row['seconds']:.1f}", f"{row['rate']:.2f}"]
+            for row in one["rows"]
+        ]
+        failed = f" Failed: {', '.join(one['failed'])}." if one["failed"] else ""
+        parts.append(f"{shape}, {one['gigabytes']:.2f} GB in bfloat16:{failed}\n\n{table(heads, rows)}")
+    return "\n\n".join(parts)
+
+
+def checkpoint(figures: Figures, asked: Figures) -> str:
+    saved = figures["saved"]
+    slowest, blocked = max(one["seconds"] for one in saved), max(one["blocked_seconds"] for one in saved)
+    before = (
+        f"GPT-J of {asked['layers']} layers x {asked['d_model']}, {figures['on_disk'] / 1e9:.2f} GB on disk, saved by "
+        f"{len(saved)} processes in {slowest:.1f} s, for {blocked:.2f} s of which they could not go on. Restoring:"
+    )
+    rows = [
+        [
+            str(one["process"]),
+            f"{one['share'] / 1e6:,.1f}",
+            f"{one['read'] / 1e6:,.1f}",
+            f"{one['seconds']:.1f}",
+            f"{one['digests_read'] / 1e6:,.1f}",
+            f"{one['digests_seconds']:.1f}",
+        ]
+        for one in figures["restored"]
+    ]
+    heads = ("process", "needs, MB", "read, MB", "seconds", "for the digests, MB", "seconds")
+    return f"{before}\n\n{table(heads, rows)}"
+
+
+def optimizers(figures: Figures, asked: Figures) -> str:
+    rows = []
+    for row in figures["rows"]:
+        low, high = row["quartiles_ms"]
+        line = [
+            row["optimizer"],
+            f"{number(row['wall_ms'])} ms ({number(low)} to {number(high)})",
+            f"{row['wall_ratio']:.2f}",
+            f"{row['cpu_ratio']:.2f}",
+            f"{row['state_bytes_per_parameter']:.2f}",
+        ]
+        rows.append(line)
+    heads = ("optimizer", "an update, median (quartiles)", "time, x", "CPU time, x", "bytes of state a parameter")
+    return f"{figures['parameters']:,} parameters, {asked['rounds']} rounds:\n\n{table(heads, rows)}"
+
+
+def optimizer_losses(figures: Figures, asked: Figures) -> str:
+    first = next(iter(figures.values()))["losses"][-1]
+    rows = [
+        [name, f"{one['losses'][-1]:.4f}", f"{one['losses'][-1] / first - 1:+.2%}"] for name, one in figures.items()
+    ]
+    return table((f"after {asked['steps']:,} steps", "validation loss", "against the first"), rows)
+
+
+def quantized(figures: Figures, asked: Figures) -> str:
+    rows = [
+        [row["form"], f"{row['nbytes']:,}", f"{row['read']:,.0f}", f"{row['generated']:,.1f}"]
+        for row in figures["rows"]
+    ]
+    heads = ("form", "bytes", "read, tokens/s", "generated, tokens/s")
+    return f"{gpt2(asked)}, batch {asked['batch']}:\n\n{table(heads, rows)}"
+
+
+def distillation(figures: Figures, asked: Figures) -> str:
+    names = {"taught": "taught", "alone": "from the text alone"}
+    rows = [["teacher", f"{figures['teacher']:.4f}", str(asked["teacher_steps"]), ""]]
+    for key, name in names.items():
+        losses = figures["students"][key]
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        rows.append([name, f"{statistics.mean(losses):.4f}", str(asked["steps"]), each])
+    return table(("", "validation loss", "steps", "each seed"), rows)
+
+
 RENDERERS: dict[str, Callable[[Figures, Figures], str]] = {
     "compare": compare,
     "train_step": train_step,
@@ -175,4 +254,10 @@ RENDERERS: dict[str, Callable[[Figures, Figures], str]] = {
     "startup": startup,
     "data": data,
     "prepare": prepare,
+    "convert": convert,
+    "checkpoint": checkpoint,
+    "optimizers": optimizers,
+    "optimizer_losses": optimizer_losses,
+    "quantized": quantized,
+    "distillation": distillation,
 }

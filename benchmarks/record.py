@@ -49,6 +49,7 @@ class Begun:
     date: str
     load: tuple[float, ...]
     changes: tuple[str | None, list[str]]
+    environment: dict[str, str]
 
     def write(self, figures: dict[str, Any], peers: dict[str, dict[str, str]]) -> None:
         """The file that was asked for, if one was; `peers` by name, with the versions of what they are made of."""
@@ -58,7 +59,7 @@ class Begun:
         envelope = {
             "benchmark": self.benchmark,
             "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-            "environment": _environment(),
+            "environment": self.environment,
             "arguments": {name: _plain(value) for name, value in vars(self.asked).items() if name != "json"},
             "date": self.date,
             "commit": commit,
@@ -76,7 +77,10 @@ class Begun:
 def begin(benchmark: str, asked: argparse.Namespace) -> Begun:
     """`benchmark` names the renderer in page.py; `asked` comes from a parser of `parser` above."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Begun(benchmark=benchmark, asked=asked, date=date, load=os.getloadavg(), changes=_changes())
+    return Begun(
+        benchmark=benchmark, asked=asked, date=date, load=os.getloadavg(), changes=_changes(),
+        environment=_environment(),
+    )  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

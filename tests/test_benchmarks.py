@@ -1,6 +1,7 @@
 """The benchmarks' common file, the documentation that is written from it, and contests in which somebody fails."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -53,6 +54,41 @@ def folder(tmp_path: Path) -> Path:
 
 def write(folder: Path, envelope: object) -> None:
     (folder / "results" / "one.json").write_text(json.dumps(envelope))
+
+
+def test_every_benchmark_writes_the_common_file(page: ModuleType):
+    helpers = {"record", "page", "blocks", "contest"}
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} - helpers
+    for name in names:
+        text = (BENCHMARKS / f"{name}.py").read_text()
+        assert "= record.parser(__doc__)" in text, name
+        assert f'record.begin("{name}", ' in text, name
+    assert set(importlib.import_module("blocks").RENDERERS) == names
+
+
+def test_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record = importlib.import_module("record")
+    monkeypatch.setattr(sys, "argv", ["/some/where/growth.py", "--rounds", "2", "--name", "two words"])
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/home")
+    parser = record.parser("What it does")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path("a"))
+    path = tmp_path / "new" / "growth.json"
+    asked = parser.parse_args(["--rounds", "2", "--json", str(path)])
+    record.begin("growth", asked).write({"exponent": 1.0}, {"peer": record.versions_of("numpy")})
+    found = json.loads(path.read_text())
+    assert list(found) == list(ENVELOPE)
+    assert found["command"] == "python benchmarks/growth.py --rounds 2 --name 'two words'"
+    assert found["environment"]["MALLOC_ARENA_MAX"] == "1"
+    assert "JAX_COMPILATION_CACHE_DIR" not in found["environment"]
+    assert found["arguments"] == {"rounds": 2, "folder": "a"}
+    assert found["machine"]["cores"] >= 1
+    assert found["machine"]["accelerator"] is None
+    assert found["versions"]["jax"] == importlib.metadata.version("jax")
+    assert found["peers"]["peer"]["numpy"]
+    assert found["figures"] == {"exponent": 1.0}
+    record.begin("growth", parser.parse_args([])).write({}, {})  # nothing was asked for, and nothing is written
 
 
 def test_the_documentation_is_what_the_results_give(page: ModuleType, capsys: pytest.CaptureFixture):
