@@ -142,6 +142,16 @@ def startup(figures: Figures, asked: Figures) -> str:
     return table(("from nothing to", "median", "each"), rows)
 
 
+def goodput(figures: Figures, asked: Figures) -> str:
+    recipe = asked["recipe"].rsplit("/", 1)[-1]
+    before = (
+        f"`{recipe}` for {asked['steps']} steps, evaluated every {asked['eval_every']} ({asked['eval_batches']} batches) "
+        f"and saved every {asked['save_every']}:"
+    )
+    rows = [[what, f"{share:.1f}%"] for what, share in figures["percent"].items()]
+    return f"{before}\n\n{table(('', 'of the wall time'), rows)}"
+
+
 def data(figures: Figures, asked: Figures) -> str:
     names = {"one source": "meshgpt, one source", "mixture": "meshgpt, a mixture", "nanoGPT": "nanoGPT's `get_batch`"}
     speeds = figures["tokens_per_second"]
@@ -252,6 +262,7 @@ RENDERERS: dict[str, Callable[[Figures, Figures], str]] = {
     "generate": generate,
     "growth": growth,
     "startup": startup,
+    "goodput": goodput,
     "data": data,
     "prepare": prepare,
     "convert": convert,

@@ -16,7 +16,8 @@ counts (of a model without biases the first, and all biases start at zero then).
 its 50,304. Printed: medians with quartiles, tokens/s, MFU where the device's peak is known, peak memory (of the process
 on CPU, of the device on a GPU), seconds from nothing to the first step, and the ratio to ours. On CPU they take turns
 by steps, side by side; on a GPU by processes (--passes), each with the device to itself. Who fails is named, and the
-rest go on; the exit status is 1 if losses differed or ours was not among those who finished.
+rest go on; the exit status is 1 if losses differed or ours was not among those who finished. GPT-J 6B needs 24 GB in
+TMPDIR.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
         shape = Shape(
             name=name, family=family, layers=args.layers or layers, width=args.width or width,
             heads=args.heads or heads, vocab=args.vocab or (50400 if family == "gptj" else gpt2), rows=rows,
-            length=length, dtype=args.dtype, unroll=unroll if args.unroll is None else args.unroll,
+            length=length, dtype=args.dtype, platform=record.device()["platform"],
+            unroll=unroll if args.unroll is None else args.unroll,
             remat=args.remat or remat, checkpointing=family == "gptj", plain=bool(args.nanogpt),
         )  # fmt: skip
         made.append(shape)

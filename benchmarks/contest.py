@@ -20,13 +20,14 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TOKENS = 50257  # ids that a tokenizer gives, whatever a vocabulary is padded to
-TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2, "float16": 2e-2}
+TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3, "float16": 5e-3}  # a step lowers the loss by more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     """A model and a batch, and how ours runs its layers (see meshgpt.layers.Execution).
 
+    platform: JAX's name of what ours runs on, which the others have to run on too.
     checkpointing: peers of PyTorch recompute each block's activations. plain: biases start at zero, as peers without
     biases need it; else at noise, so that one that is mistaken for another shows in the losses.
     """
@@ -40,6 +41,7 @@ class Shape:
     rows: int
     length: int
     dtype: str
+    platform: str
     unroll: int
     remat: str
     checkpointing: bool

@@ -63,7 +63,7 @@ def test_every_benchmark_writes_the_common_file(page: ModuleType):
         text = (BENCHMARKS / f"{name}.py").read_text()
         assert "= record.parser(__doc__)" in text, name
         assert f'record.begin("{name}", ' in text, name
-    assert set(importlib.import_module("blocks").RENDERERS) == names
+    assert names <= set(importlib.import_module("blocks").RENDERERS)
 
 
 def test_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -255,7 +255,7 @@ def test_one_command_runs_the_gpu_shapes(tmp_path: Path, monkeypatch: pytest.Mon
         ("124m", 64, 1024), ("355m", 32, 1024), ("774m", 16, 1024), ("1.5b", 16, 1024), ("gptj-6b", 4, 2048),
         ("gptj-6b", 8, 2048),
     ]  # fmt: skip
-    assert {shape.dtype for shape in shapes} == {"bfloat16"}
+    assert {(shape.dtype, shape.platform) for shape in shapes} == {("bfloat16", "gpu")}
     assert args.passes > 0
     names = [entry.name for entry in compare.entries(shapes[0], args)]
     assert {"meshgpt", "nanoGPT, torch.compile", "nanoGPT without biases, torch.compile"} < set(names)

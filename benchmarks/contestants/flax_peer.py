@@ -16,6 +16,8 @@ def main(folder: Path) -> None:
     import transformers
 
     told = protocol.spec(folder)
+    if (jax.default_backend() == "cpu") != (told["platform"] == "cpu"):
+        raise RuntimeError(f"this JAX runs on {jax.default_backend()}, and ours on {told['platform']}")
     dtype = jnp.dtype(told["dtype"])
     names = {"gpt2": "FlaxGPT2LMHeadModel", "gptj": "FlaxGPTJForCausalLM"}  # which transformers 5 does not have
     kind = getattr(transformers, names[told["family"]])

@@ -21,7 +21,7 @@ def from_transformers(folder: Path, told: dict, compiled: bool) -> tuple[Any, An
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.to(device()).train()
+    model.to(device(told)).train()
     if told["checkpointing"]:
         model.gradient_checkpointing_enable()
     groups = [
@@ -29,7 +29,9 @@ def from_transformers(folder: Path, told: dict, compiled: bool) -> tuple[Any, An
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     betas = (told["b1"], told["b2"])
-    adamw = torch.optim.AdamW(groups, lr=told["learning_rate"], betas=betas, eps=told["eps"], fused=device() == "cuda")
+    adamw = torch.optim.AdamW(
+        groups, lr=told["learning_rate"], betas=betas, eps=told["eps"], fused=device(told) == "cuda"
+    )
 
     def forward(inputs: Any, targets: Any) -> Any:
         logits = model(inputs, use_cache=False).logits
@@ -58,18 +60,23 @@ def from_nanogpt(folder: Path, told: dict, compiled: bool, checkout: Path, bias:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name].t() if name.endswith(turned) else weights[name])
-    model.to(device()).train()
+    model.to(device(told)).train()
     adamw = model.configure_optimizers(
-        told["weight_decay"], told["learning_rate"], (told["b1"], told["b2"]), device_type=device()
+        told["weight_decay"], told["learning_rate"], (told["b1"], told["b2"]), device_type=device(told)
     )
     runs = torch.compile(model) if compiled else model
     return model, adamw, lambda inputs, targets: runs(inputs, targets)[1]
 
 
-def device() -> str:
+def device(told: dict) -> str:
+    """Where ours runs; RuntimeError if this PyTorch cannot."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if told["platform"] == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"PyTorch {torch.__version__} finds no GPU, and ours runs on a {told['platform']}")
+    return "cuda"
 
 
 def main(folder: Path, kind: str, compiled: bool, checkout: Path) -> None:
@@ -80,7 +87,7 @@ def main(folder: Path, kind: str, compiled: bool, checkout: Path) -> None:
     told = protocol.spec(folder)
     torch.set_num_threads(told["cores"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    versions = protocol.versions_of("torch")
+    versions, at = protocol.versions_of("torch"), device(told)
     if kind == "transformers":
         model, adamw, run = from_transformers(folder, told, compiled)
         versions |= protocol.versions_of("transformers")
@@ -88,12 +95,12 @@ def main(folder: Path, kind: str, compiled: bool, checkout: Path) -> None:
         model, adamw, run = from_nanogpt(folder, told, compiled, checkout, kind == "nanogpt")
         versions["model.py"] = "sha256 " + hashlib.sha256((checkout / "model.py").read_bytes()).hexdigest()[:12]
     parameters = list(model.parameters())
-    tokens = torch.from_numpy(np.load(folder / "tokens.npy", allow_pickle=False)).long().to(device())
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy", allow_pickle=False)).long().to(at)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(told["dtype"])
 
     def step() -> float:
-        with torch.autocast(device(), half or torch.bfloat16, enabled=half is not None):
+        with torch.autocast(at, half or torch.bfloat16, enabled=half is not None):
             loss = run(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, told["clip_norm"])
@@ -101,7 +108,7 @@ def main(folder: Path, kind: str, compiled: bool, checkout: Path) -> None:
         adamw.zero_grad(set_to_none=True)
         return loss.item()
 
-    protocol.serve(step, begun, versions, torch.cuda.max_memory_allocated if device() == "cuda" else None)
+    protocol.serve(step, begun, versions, torch.cuda.max_memory_allocated if at == "cuda" else None)
 
 
 if __name__ == "__main__":
