@@ -145,8 +145,8 @@ def startup(figures: Figures, asked: Figures) -> str:
 def goodput(figures: Figures, asked: Figures) -> str:
     recipe = asked["recipe"].rsplit("/", 1)[-1]
     before = (
-        f"`{recipe}` for {asked['steps']} steps, evaluated every {asked['eval_every']} ({asked['eval_batches']} batches) "
-        f"and saved every {asked['save_every']}:"
+        f"`{recipe}` for {asked['steps']} steps, evaluation every {asked['eval_every']}, "
+        f"{asked['eval_batches']} batches each, and a checkpoint every {asked['save_every']}:"
     )
     rows = [[what, f"{share:.1f}%"] for what, share in figures["percent"].items()]
     return f"{before}\n\n{table(('', 'of the wall time'), rows)}"
