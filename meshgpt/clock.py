@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Self, TypeVar
+
+import jax
 
 from meshgpt.pulse import EVALUATING, SAVING
 from meshgpt.tracker import duration
@@ -15,27 +17,45 @@ _WORDS = {
     EVALUATING: "evaluating",
     SAVING: "saving",
 }
+_COMPILED = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 T = TypeVar("T")
 
 
 class Clock:
     """Seconds by what the loop was at. What is left is training steps: goodput is their share.
 
-    Steps run on the devices while the loop does other things, so that the share of steps is a lower bound.
+    Steps run on the devices while the loop does other things, so that the share of steps is a lower bound. While it is
+    entered, what JAX compiles counts as compiling and not as what the loop was at: the first evaluation has a program
+    of its own.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._begun = now, now()
         self._spent = dict.fromkeys(_WORDS, 0.0)
+        self._at: str | None = None
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: str | int) -> None:
+        if event in _COMPILED and self._at != COMPILING:
+            self._spent[COMPILING] += seconds
+            if self._at is not None:
+                self._spent[self._at] -= seconds
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
         """Counts the time within as that of `what`."""
-        begun = self._now()
+        begun, self._at = self._now(), what
         try:
             yield
         finally:
             self._spent[what] += self._now() - begun
+            self._at = None
 
     def waited(self, items: Iterator[T], what: str) -> Iterator[T]:
         """`items`, the waiting for each of them counted."""

@@ -145,7 +145,7 @@ def run_steps(
     figures = Figures(loop, folder, first, replicas, pulse)
     clock, step_fn = Clock(), None
     batches = clock.waited(iter(loop.data.batches.iterate(first, run.steps, feed.rows)), DATA)
-    with stop_requests() as stop, figures.open():
+    with stop_requests() as stop, figures.open(), clock:
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
             batch = feed.place(tokens)

@@ -1,5 +1,7 @@
 """Where a training loop's time goes."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from meshgpt.clock import COMPILING, DATA, Clock
@@ -42,3 +44,13 @@ def test_waiting_for_items_counts_and_changes_none():
         taken.append(item)
     assert taken == [0, 1, 2, 3]
     assert clock.goodput == pytest.approx(0.75)
+
+
+def test_what_an_evaluation_compiles_is_compiling_and_no_evaluation():
+    with Clock() as clock:
+        with clock.on(EVALUATING):
+            jax.jit(lambda x: jnp.linalg.qr(x)[0] @ x)(jnp.ones((8, 8))).block_until_ready()
+        assert clock._spent[COMPILING] > clock._spent[EVALUATING]
+    before = clock._spent[COMPILING]
+    jax.jit(lambda x: jnp.cos(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+    assert clock._spent[COMPILING] == before  # it has stopped listening
