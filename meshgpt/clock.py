@@ -41,11 +41,11 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **_: str | int) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event in _COMPILED and self._at != COMPILING:
-            self._spent[COMPILING] += seconds
+            self._spent[COMPILING] += duration_secs
             if self._at is not None:
-                self._spent[self._at] -= seconds
+                self._spent[self._at] -= duration_secs
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
