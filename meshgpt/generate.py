@@ -7,6 +7,7 @@ V padded vocabulary, C tokens of one decode call.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from meshgpt.errors import UserError
 from meshgpt.feed import fetch
 from meshgpt.layers import LayerCache, Weight, weight
 from meshgpt.models import Model
+from meshgpt.rows_of_outputs import RowsOfOutputs
 from meshgpt.sampling import Knobs, Sampling, draw
 from meshgpt.tokenizer import Tokenizer
-from meshgpt.trees import Tree
+from meshgpt.trees import MatrixAxes, Tree, path_name
 
 # Tokens of one call of the compiled decode: it amortises a call's cost, and Ctrl-C waits no longer than this.
 CHUNK = 32
@@ -176,9 +178,7 @@ def _rows(
 ) -> tuple[_Rows, np.ndarray]:
     """The rows, and which of them are done before they begin: the padding."""
     real = len(prompts) * sampling.samples
-    # XLA's CPU attention copies the whole cache where a device has one row, and is faster with two.
-    multiple = 2 * shards if jax.default_backend() == "cpu" else shards
-    count = -(-real // multiple) * multiple
+    count = -(-real // shards) * shards
     prompt_R = np.pad(np.arange(real) // sampling.samples, (0, count - real))
     length_R = np.array([len(prompt) for prompt in prompts])[prompt_R]
     limit_R = np.minimum(sampling.max_new_tokens, n_positions - length_R)
@@ -214,14 +214,19 @@ def _end(state: _State, done_R: jax.Array) -> _State:
 def _prepare(model: Model, params: Tree) -> _Ready:
     """The parameters as generation uses them: see `Generator`."""
     decoder = model.bind(params)
+    in_rows = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
-    def ready(leaf: nnx.Param) -> nnx.Variable:
+    def ready(path: tuple[Any, ...], leaf: nnx.Param) -> nnx.Variable:
         if isinstance(leaf.get_value(), Weight):  # stays in its few bits until a matmul asks for it
             return leaf
+        matrix = MatrixAxes.of(path_name(path), leaf.ndim)
         # Vectors keep their dtype: norms compute in float32.
-        return leaf.replace(weight(leaf, model.precision.compute_dtype if leaf.ndim > 1 else leaf.dtype))
+        whole = weight(leaf, leaf.dtype if matrix is None else model.precision.compute_dtype)
+        return leaf.replace(RowsOfOutputs.of(whole, matrix.rows_end) if matrix and in_rows else whole)
 
-    blocks = jax.tree.map(ready, single_blocks(decoder), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    blocks = jax.tree_util.tree_map_with_path(
+        ready, single_blocks(decoder), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
     decoder.blocks = nnx.Module()  # the stack, which nothing uses any more
     return _Ready(decoder, blocks)
 
