@@ -101,6 +101,7 @@ class Rules:
     seq: str | tuple[str, ...] | None = None
     embed: str | tuple[str, ...] | None = None  # the width of activations
     heads: str | tuple[str, ...] | None = "tensor"
+    cells: str | tuple[str, ...] | None = ("data", "fsdp", "tensor")  # rows by heads, each device its own, as one axis
     mlp: str | tuple[str, ...] | None = "tensor"
     vocab: str | tuple[str, ...] | None = "tensor"
     layers: str | tuple[str, ...] | None = None

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshgpt.axes import spec
+from meshgpt.cache import LayerCache, Slots
 from meshgpt.errors import UserError
-from meshgpt.layers import Context, Execution, LayerCache, LayerNorm, weight
+from meshgpt.layers import Context, Execution, LayerNorm, weight
 from meshgpt.stack import run_stack, unstack
 
 
@@ -82,7 +83,7 @@ class Decoder(nnx.Module, abc.ABC):
         """Tokens to x_BTD in the compute dtype."""
 
     @abc.abstractmethod
-    def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
+    def context(self, positions_BT: jax.Array, slots: Slots | None, key: jax.Array | None) -> Context:
         """What all blocks of a pass share."""
 
     @abc.abstractmethod
@@ -123,15 +124,18 @@ class Decoder(nnx.Module, abc.ABC):
         return self.ln_f(x_BTD)
 
     def extend(
-        self, tokens_BT: jax.Array, starts_B: jax.Array, caches: tuple[LayerCache, ...], blocks: list[nnx.Module]
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        slots: Slots,
+        caches: tuple[LayerCache, ...],
+        blocks: list[nnx.Module],
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Hidden states of T more tokens a row, from position starts_B[b] on, and the caches with them appended.
+        """Hidden states of T more tokens a row, at the positions and in the slots given, and the caches with them.
 
-        `blocks` are the single blocks, `layers.unstack(self.blocks, L)`: split once, not on every token.
+        `blocks` are the single blocks, `single_blocks(self)`: split once, not on every token.
         """
-        starts_B = jax.sharding.reshard(starts_B, spec("batch"))
-        positions_BT = starts_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
-        context = self.context(positions_BT, starts_B, None)
+        context = self.context(positions_BT, slots, None)
         x_BTD = self.embed(tokens_BT, context)
         new = []
         for block, cache in zip(blocks, caches, strict=True):
@@ -141,12 +145,10 @@ class Decoder(nnx.Module, abc.ABC):
 
     def empty_caches(self, batch: int, length: int) -> tuple[LayerCache, ...]:
         """One empty cache a layer for `batch` rows of up to `length` tokens."""
-        shape = (batch, self.shape.n_heads, length, self.shape.head_size)
-
-        def zeros() -> jax.Array:
-            return jnp.zeros(shape, self.dtype, out_sharding=spec("batch heads _ _"))
-
-        return tuple(LayerCache(zeros(), zeros()) for _ in range(self.shape.n_layers))
+        shape = self.shape
+        return tuple(
+            LayerCache.empty(batch, shape.n_heads, length, shape.head_size, self.dtype) for _ in range(shape.n_layers)
+        )
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """(B, T, V) float32 logits of hidden states; the vocabulary's padding is -inf. For a few tokens: the training

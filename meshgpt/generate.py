@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from meshgpt.axes import batch_shards, spec
+from meshgpt.cache import LayerCache, Slots
 from meshgpt.decoder import Decoder, single_blocks
 from meshgpt.errors import UserError
 from meshgpt.feed import fetch
-from meshgpt.layers import LayerCache, Weight, weight
+from meshgpt.layers import Weight, weight
 from meshgpt.models import Model
 from meshgpt.rows_of_outputs import RowsOfOutputs
 from meshgpt.sampling import Knobs, Sampling, draw
@@ -110,16 +111,16 @@ class Generator:
         shape = self._model.config
         prompts = _checked(prompts, shape.vocab_size, shape.n_positions, eot_id)
         longest = max(map(len, prompts))
-        last = min(shape.n_positions, longest + sampling.max_new_tokens)
-        slots = _slots(longest + 1, last, shape.n_positions)
         shards = batch_shards()
         rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, eot_id)
+        last = longest + int(fetch(rows.limit_R).max())
+        slots = _slots(longest + 1, last, shape.n_positions)
         knobs = Knobs.of(sampling)
         tokens_PT, lengths_P = _padded(prompts, _power(longest, shape.n_positions), shards)
         out_RC, state = _prefill(self._ready, tokens_PT, lengths_P, rows, done_R, knobs, slots)
         found = [fetch(out_RC)]
-        while not (done_R := fetch(state.done_R)).all():
-            used = int((rows.length_R + fetch(state.drawn_R) - 1)[~done_R].max())
+        while not fetch(state.done_R).all():
+            used = longest + int(fetch(state.drawn_R).max()) - 1
             if used == slots:
                 slots = _slots(used + 1, last, shape.n_positions)
                 state = _grow(state, slots)
@@ -159,8 +160,10 @@ def _power(length: int, most: int) -> int:
 
 
 def _slots(needed: int, last: int, n_positions: int) -> int:
-    """The cache's length for `needed` slots now and `last` in the end."""
-    return min(_power(last, n_positions), max(_FIRST_SLOTS, _power(needed, n_positions)))
+    """The cache's length for `needed` slots now and `last` in the end, which is above the context where a short prompt
+    is continued for longer than the longest could be."""
+    most = max(n_positions, -(-last // _FIRST_SLOTS) * _FIRST_SLOTS)
+    return min(_power(last, most), max(_FIRST_SLOTS, _power(needed, most)))
 
 
 def _padded(prompts: list[list[int]], length: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,34 +248,30 @@ def _prefill(
     rows = _on_mesh(rows)
     tokens_PT = jax.sharding.reshard(tokens_PT, spec("batch _"))
     caches = ready.decoder.empty_caches(*tokens_PT.shape)
-    x_PTD, caches = ready.decoder.extend(tokens_PT, jnp.zeros_like(lengths_P), caches, ready.blocks)
-    at_end = jnp.arange(tokens_PT.shape[1])[None] == jax.sharding.reshard(lengths_P, spec("batch"))[:, None] - 1
+    order_PT = jnp.zeros_like(tokens_PT) + jnp.arange(tokens_PT.shape[1])[None]
+    causal = Slots(jnp.int32(0), order_PT[:, None] <= order_PT[..., None])
+    x_PTD, caches = ready.decoder.extend(tokens_PT, order_PT, causal, caches, ready.blocks)
+    at_end = order_PT == jax.sharding.reshard(lengths_P, spec("batch"))[:, None] - 1
     x_P1D = jnp.sum(jnp.where(at_end[..., None], x_PTD, jnp.zeros_like(x_PTD)), 1, keepdims=True)
-    logits_RV = _of_rows(ready.decoder.logits(x_P1D)[:, 0], rows, "batch _")
-    caches = jax.tree.map(lambda c: _lengthened(_of_rows(c, rows, "batch heads _ _"), slots), caches)
+    logits_RV = ready.decoder.logits(x_P1D)[:, 0].at[rows.prompt_R].get(out_sharding=spec("batch _"))
+    heads = ready.decoder.shape.n_heads
+    caches = tuple(cache.of_rows(rows.prompt_R, heads).lengthened(slots) for cache in caches)
     done_R = jax.sharding.reshard(done_R, spec("batch"))
     return _drawn(logits_RV, rows, knobs, _State(rows.prompt_R, jnp.zeros_like(rows.length_R), done_R, caches))
 
 
-def _of_rows(a_P: jax.Array, rows: _Rows, axes: str) -> jax.Array:
-    """Each row's own slice of an array over prompts."""
-    return a_P.at[rows.prompt_R].get(out_sharding=spec(axes))
-
-
-def _lengthened(cache_RNSH: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(cache_RNSH, ((0, 0), (0, 0), (0, slots - cache_RNSH.shape[2]), (0, 0)))
-
-
 @functools.partial(jax.jit, static_argnames="slots")
 def _grow(state: _State, slots: int) -> _State:
-    caches = jax.tree.map(lambda cache: _lengthened(cache, slots), state.caches)
-    return dataclasses.replace(state, caches=caches)
+    return dataclasses.replace(state, caches=tuple(cache.lengthened(slots) for cache in state.caches))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _decode(ready: _Ready, rows: _Rows, knobs: Knobs, state: _State, steps: jax.Array) -> tuple[jax.Array, _State]:
     """Up to `steps` more tokens of each row: (R, CHUNK), of which a row's valid ones are those it has drawn."""
     rows = _on_mesh(rows)
+    longest = jnp.max(jax.sharding.reshard(rows.length_R, spec("_")))
+    slots_1S = jnp.arange(state.caches[0].k_CSH.shape[1])[None]
+    own_RS = slots_1S < rows.length_R[:, None]  # the prompt; between its end and `longest` a row's slots hold padding
 
     def unfinished(carry: tuple[jax.Array, jax.Array, _State]) -> jax.Array:
         step, _, state = carry
@@ -280,8 +279,12 @@ def _decode(ready: _Ready, rows: _Rows, knobs: Knobs, state: _State, steps: jax.
 
     def body(carry: tuple[jax.Array, jax.Array, _State]) -> tuple[jax.Array, jax.Array, _State]:
         step, out_RC, state = carry
-        positions_R = rows.length_R + state.drawn_R - 1
-        x_R1D, caches = ready.decoder.extend(state.token_R[:, None], positions_R, state.caches, ready.blocks)
+        # Rows that are not done have drawn equally many.
+        slot = longest + jnp.max(jax.sharding.reshard(state.drawn_R, spec("_"))) - 1
+        seen_RS = own_RS | ((slots_1S >= longest) & (slots_1S <= slot))
+        positions_R1 = (rows.length_R + state.drawn_R - 1)[:, None]
+        slots = Slots(slot, seen_RS[:, None])
+        x_R1D, caches = ready.decoder.extend(state.token_R[:, None], positions_R1, slots, state.caches, ready.blocks)
         token_R1, state = _drawn(
             ready.decoder.logits(x_R1D)[:, 0], rows, knobs, dataclasses.replace(state, caches=caches)
         )

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from meshgpt.axes import spec
+from meshgpt.cache import LayerCache, Slots
 from meshgpt.decoder import Decoder, Head, Shape
 from meshgpt.errors import UserError
-from meshgpt.layers import MLP, Attention, Context, Execution, LayerCache, LayerNorm, dropout, param, weight
+from meshgpt.layers import MLP, Attention, Context, Execution, LayerNorm, dropout, param, weight
 
 INIT_STD = 0.02
 
@@ -86,12 +87,12 @@ class GPT2(Decoder):
         if not config.tied_head:
             self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", normal(INIT_STD), params_dtype)
 
-    def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
-        return Context(positions_BT, starts_B, None, key)
+    def context(self, positions_BT: jax.Array, slots: Slots | None, key: jax.Array | None) -> Context:
+        return Context(positions_BT, slots, None, key)
 
     def embed(self, tokens_BT: jax.Array, context: Context) -> jax.Array:
         rows_SD = weight(self.wpe_SD, jnp.float32)
-        shared = context.starts_B is None and context.segments_BT is None
+        shared = context.slots is None and context.segments_BT is None
         out = spec("_ seq embed" if shared else "batch seq embed")
         positions = rows_SD.at[context.positions_BT].get(out_sharding=out).astype(self.dtype)
         return dropout(self.lookup(tokens_BT) + positions, self.rate, context.split(3))

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
 
+from meshgpt.cache import LayerCache, Slots
 from meshgpt.decoder import Decoder, Head, Shape
 from meshgpt.errors import UserError
-from meshgpt.layers import MLP, Attention, Context, Execution, LayerCache, LayerNorm, param, rotary_table
+from meshgpt.layers import MLP, Attention, Context, Execution, LayerNorm, param, rotary_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class GPTJ(Decoder):
         self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", head, params_dtype)
         self.head_bias_V = param(rngs.params(), (vocab,), "vocab", zeros, params_dtype)
 
-    def context(self, positions_BT: jax.Array, starts_B: jax.Array | None, key: jax.Array | None) -> Context:
-        return Context(positions_BT, starts_B, rotary_table(positions_BT, self.rotary_dim), key)
+    def context(self, positions_BT: jax.Array, slots: Slots | None, key: jax.Array | None) -> Context:
+        return Context(positions_BT, slots, rotary_table(positions_BT, self.rotary_dim), key)
 
     def embed(self, tokens_BT: jax.Array, context: Context) -> jax.Array:
         return self.lookup(tokens_BT)

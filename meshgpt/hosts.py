@@ -157,8 +157,6 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
             initialization_timeout=int(place.deadline) + 3600,  # `_watched` ends it in words; JAX by an abort
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    # With a collective between processes under way, a second program may take the threads that it waits for.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Ctrl-C means what SIGTERM means, so that it stops all processes at the same step.
     signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     try:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, zeros
 
 from meshgpt.axes import gathered, spec
+from meshgpt.cache import LayerCache, Slots, attend_cached
 from meshgpt.errors import UserError
 from meshgpt.kernels import Kernel, attend_fused, pick_kernel
 
@@ -201,24 +202,6 @@ def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned if dims == x_BTNH.shape[-1] else jnp.concatenate([turned, x_BTNH[..., dims:]], axis=-1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values that one layer has seen, (B, N, S, H) each: a head's slots together, as its matmuls read them."""
-
-    k_BNSH: jax.Array
-    v_BNSH: jax.Array
-
-    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, starts_B: jax.Array) -> "LayerCache":
-        """Row b's new keys and values at positions starts_B[b] .. starts_B[b] + T - 1."""
-
-        def write(row_NSH: jax.Array, new_TNH: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(row_NSH, new_TNH.swapaxes(0, 1), start, axis=1)
-
-        place = jax.vmap(write)
-        return LayerCache(place(self.k_BNSH, k_BTNH, starts_B), place(self.v_BNSH, v_BTNH, starts_B))
-
-
 def attend(
     q_BTNH: jax.Array,
     k_BSNH: jax.Array,
@@ -240,13 +223,13 @@ def attend(
 class Context:
     """What every block of one forward pass shares.
 
-    positions_BT: position of each token (first axis 1 when all rows agree). starts_B: with a cache, where this call's
-    tokens begin in each row. rotary: `rotary_table`, for families that turn q and k. key: for dropout, or None.
+    positions_BT: position of each token (first axis 1 when all rows agree). slots: with a cache, the tokens' place in
+    it. rotary: `rotary_table`, for families that turn q and k. key: for dropout, or None.
     segments_BT: the document of each token, where attention must stay within documents.
     """
 
     positions_BT: jax.Array
-    starts_B: jax.Array | None = None
+    slots: Slots | None = None
     rotary: tuple[jax.Array, jax.Array] | None = None
     key: jax.Array | None = None
     segments_BT: jax.Array | None = None
@@ -327,7 +310,5 @@ class Attention(nnx.Module):
             if segments_BT is not None:
                 mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
             return attend(q, k, v, mask_BTS, self.dropout, key), None
-        assert context.starts_B is not None
-        cache = cache.append(k, v, context.starts_B)
-        mask_BTS = jnp.arange(cache.k_BNSH.shape[2])[None, None, :] <= context.positions_BT[:, :, None]
-        return attend(q, cache.k_BNSH.swapaxes(1, 2), cache.v_BNSH.swapaxes(1, 2), mask_BTS), cache
+        assert context.slots is not None
+        return attend_cached(q, k, v, cache, context.slots)

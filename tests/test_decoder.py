@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from meshgpt.axes import spec
+from meshgpt.cache import Slots
 from meshgpt.decoder import Shape, single_blocks
 from meshgpt.errors import UserError
 from meshgpt.loss import NextToken, next_token_loss
@@ -57,8 +58,9 @@ def test_one_row_and_one_token_are_enough(config: ModelConfig, rows: int, length
 
         def extend(params: dict) -> jax.Array:
             decoder = model.bind(params)
-            starts = jnp.zeros((rows,), jnp.int32)
-            return decoder.extend(tokens, starts, decoder.empty_caches(rows, 8), single_blocks(decoder))[0]
+            positions = jnp.zeros_like(tokens) + jnp.arange(length + 1)[None]
+            slots = Slots(jnp.int32(0), jnp.ones((rows, length + 1, 8), bool))
+            return decoder.extend(tokens, positions, slots, decoder.empty_caches(rows, 8), single_blocks(decoder))[0]
 
         assert jax.eval_shape(extend, model.abstract_params()).shape == (rows, length + 1, config.d_model)
 
@@ -87,23 +89,31 @@ def test_cached_decoding_equals_the_full_forward_pass(config: ModelConfig, mesh:
         model, params = tiny.model(config), tiny.params(config)
 
         @jax.jit
-        def extend(params: dict, tokens: jax.Array, starts: jax.Array, caches: tuple) -> tuple[jax.Array, tuple]:
+        def extend(
+            params: dict, tokens: jax.Array, positions: jax.Array, first: jax.Array, seen: jax.Array, caches: tuple
+        ) -> tuple[jax.Array, tuple]:
             decoder = model.bind(params)
-            x, caches = decoder.extend(tokens, starts, caches, single_blocks(decoder))
+            x, caches = decoder.extend(tokens, positions, Slots(first, seen), caches, single_blocks(decoder))
             return decoder.logits(x), caches
 
         def put(values: np.ndarray, axes: str) -> jax.Array:
-            return jax.device_put(values.astype(np.int32), spec(axes))
+            return jax.device_put(values, spec(axes))
+
+        def extended(of: np.ndarray, positions: np.ndarray, first: int, seen: np.ndarray, caches: tuple):
+            return extend(
+                params, put(of, "batch _"), put(positions, "batch _"), jnp.int32(first), put(seen, "batch _ _"), caches
+            )
 
         caches = model.bind(params).empty_caches(rows, 12)
-        got, caches = extend(params, put(tokens[:, :4], "batch _"), put(np.zeros(rows), "batch"), caches)
+        each, slots, order = np.arange(rows), np.arange(12), np.tile(np.arange(4), (rows, 1))
+        got, caches = extended(tokens[:, :4], order, 0, slots <= order[..., None], caches)
         np.testing.assert_allclose(got, expected[:, :4], atol=2e-5)
-        each = np.arange(rows)
         for at in range(5):
-            starts = keep + at
-            one = tokens[each, starts][:, None]
-            got, caches = extend(params, put(one, "batch _"), put(starts, "batch"), caches)
-            np.testing.assert_allclose(got[:, 0], expected[each, starts], atol=2e-5)
+            positions = keep + at
+            seen = (slots < keep[:, None]) | ((slots >= 4) & (slots <= 4 + at))
+            one = tokens[each, positions][:, None]
+            got, caches = extended(one, positions[:, None], 4 + at, seen[:, None], caches)
+            np.testing.assert_allclose(got[:, 0], expected[each, positions], atol=2e-5)
 
 
 def test_the_vocabulary_is_padded_and_the_padding_never_wins() -> None:
@@ -131,10 +141,11 @@ def test_a_lookup_is_a_row_and_its_gradient_a_sum() -> None:
 
 
 def test_learned_positions_follow_the_row_in_the_cache() -> None:
-    """GPT-2 at start s adds the embedding of position s."""
+    """GPT-2 adds the embedding of each token's own position, whatever its slot."""
     with jax.set_mesh(tiny.mesh()):
         decoder = tiny.model(tiny.GPT2).bind(tiny.params(tiny.GPT2))
-        context = decoder.context(jnp.array([[3], [5]]), jnp.array([3, 5]), None)
+        slots = Slots(jnp.int32(5), jnp.ones((2, 1, 8), bool))
+        context = decoder.context(jnp.array([[3], [5]]), slots, None)
         x = decoder.embed(jnp.zeros((2, 1), jnp.int32), context)
     values = tiny.numpy_params(tiny.GPT2)
     np.testing.assert_allclose(x[:, 0], values["wte_VD"][0] + values["wpe_SD"][[3, 5]], rtol=1e-6)

@@ -116,16 +116,6 @@ def test_attention_equals_pytorch_under_any_mask() -> None:
     np.testing.assert_allclose(ours, theirs.transpose(1, 2).numpy(), atol=1e-5)
 
 
-def test_cache_appends_where_each_row_stands() -> None:
-    cache = layers.LayerCache(jnp.zeros((2, 1, 6, 1)), jnp.zeros((2, 1, 6, 1)))
-    k, v = draw(2, 2, 1, 1), draw(2, 2, 1, 1, seed=1)
-    cache = cache.append(jnp.asarray(k), jnp.asarray(v), jnp.array([0, 3]))
-    for stored, new in ((cache.k_BNSH.swapaxes(1, 2), k), (cache.v_BNSH.swapaxes(1, 2), v)):
-        expected = np.zeros((2, 6, 1, 1), np.float32)
-        expected[0, 0:2], expected[1, 3:5] = new[0], new[1]
-        np.testing.assert_array_equal(stored, expected)
-
-
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_zeroes_its_share_and_keeps_the_mean(rate: float) -> None:
     x = jnp.ones((400, 500), jnp.float32)

@@ -10,7 +10,7 @@ from meshgpt.rows_of_outputs import RowsOfOutputs
 
 
 @pytest.mark.parametrize(
-    "equation, weight, inputs, x, out",
+    ("equation", "weight", "inputs", "x", "out"),
     [
         ("BTD,DF->BTF", (6, 10), 1, (2, 3, 6), "batch seq mlp"),
         ("BTD,DNH->BTNH", (6, 5, 2), 1, (1, 1, 6), "batch seq heads _"),
