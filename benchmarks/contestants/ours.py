@@ -21,6 +21,7 @@ def main(folder: Path) -> None:
     from meshgpt.program import Program
     from meshgpt.step import from_params
 
+    runtime.take_turns()
     runtime.keep_freed_memory()
     told = protocol.spec(folder)
     adamw = {name: told[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
