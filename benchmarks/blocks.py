@@ -256,6 +256,19 @@ def distillation(figures: Figures, asked: Figures) -> str:
     return table(("", "validation loss", "steps", "each seed"), rows)
 
 
+def traffic(figures: Figures, asked: Figures) -> str:
+    before = (
+        f"{gpt2(asked)}, {asked['rows']} x {asked['length']:,} tokens, bfloat16, compiled for one {asked['gpu']}, remat "
+        f"{asked['remat']!r}; milliseconds at the memory's {figures['bytes_a_second'] / 1e12:.1f} TB/s:"
+    )
+    kinds = sorted(figures["kinds"].items(), key=lambda one: -one[1]["gigabytes"])
+    rows = [
+        [kind, str(it["kernels"]), number(it["gigabytes"]), number(it["gigabytes"] * 1e12 / figures["bytes_a_second"])]
+        for kind, it in kinds
+    ]
+    return f"{before}\n\n{table(('kernels', 'how many', 'GB a step', 'ms'), rows)}"
+
+
 RENDERERS: dict[str, Callable[[Figures, Figures], str]] = {
     "compare": compare,
     "train_step": train_step,
@@ -263,6 +276,7 @@ RENDERERS: dict[str, Callable[[Figures, Figures], str]] = {
     "growth": growth,
     "startup": startup,
     "goodput": goodput,
+    "traffic": traffic,
     "data": data,
     "prepare": prepare,
     "convert": convert,
