@@ -258,8 +258,8 @@ def distillation(figures: Figures, asked: Figures) -> str:
 
 def traffic(figures: Figures, asked: Figures) -> str:
     before = (
-        f"{gpt2(asked)}, {asked['rows']} x {asked['length']:,} tokens, bfloat16, compiled for one {asked['gpu']}, remat "
-        f"{asked['remat']!r}; milliseconds at the memory's {figures['bytes_a_second'] / 1e12:.1f} TB/s:"
+        f"{gpt2(asked)}, {asked['rows']} x {asked['length']:,} tokens, bfloat16, compiled for one {asked['gpu']}; "
+        f"layers in line, remat {asked['remat']!r}; at the memory's {figures['bytes_a_second'] / 1e12:.1f} TB/s:"
     )
     kinds = sorted(figures["kinds"].items(), key=lambda one: -one[1]["gigabytes"])
     rows = [

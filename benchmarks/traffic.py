@@ -1,11 +1,12 @@
 """What each kind of kernel of a training step's GPU program reads and writes, compiled for a GPU that is not here.
 
-    python benchmarks/traffic.py [--gpu h200] [--rows 64] [--length 1024] [--unroll 0] [--json FILE]
+    python benchmarks/traffic.py [--gpu h200] [--rows 64] [--length 1024] [--json FILE]
 
-GPT-2, 124M by default, in bfloat16. Needs jax's CUDA plugin for its compiler (docs/pods.md), and no GPU. Bytes are those of the operands and results of the
-optimized program's instructions; what a kernel reads twice, or finds in the cache, the program does not say. Without a
-GPU XLA tries no variants: it takes its own kernels for matmuls, where it would choose cuBLAS's on the device. The
-seconds are the bytes over the memory's bandwidth, which no kernel quite reaches.
+GPT-2, 124M by default, in bfloat16, its layers in line. Needs jax's CUDA plugin for its compiler (docs/pods.md), and no
+GPU. Bytes are those of the operands and results of the optimized program's instructions; what a kernel reads twice, or
+finds in the cache, the program does not say. Without a GPU XLA tries no variants: it takes its own kernels for matmuls,
+where it would choose cuBLAS's on the device. Milliseconds are the bytes over the memory's bandwidth, which no kernel quite
+reaches.
 """
 
 import collections
@@ -57,7 +58,7 @@ def kind_of(name: str) -> str:
 def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--gpu", default="h200", choices=sorted(topologies.GPUS))
-    for name, size in {"layers": 12, "width": 768, "heads": 12, "rows": 64, "length": 1024, "unroll": 0}.items():
+    for name, size in {"layers": 12, "width": 768, "heads": 12, "rows": 64, "length": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--remat", default="none")
     asked = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     model = GPT2Config(
         vocab_size=50_257, n_positions=asked.length, n_layers=asked.layers, n_heads=asked.heads, d_model=asked.width
     )
-    execution = Execution(unroll=asked.unroll, remat=asked.remat)
+    execution = Execution(unroll=0, remat=asked.remat)
     run = Run(model=model, data=Data(), steps=1 << 20, global_batch=asked.rows, execution=execution)
     aot.quiet_compiler()
     found = moved(aot.compile_for(run, topologies.parse(asked.gpu)).step.as_text() or "")
