@@ -5,7 +5,7 @@
 GPT-2, 124M by default, in bfloat16, its layers in line. Needs jax's CUDA plugin for its compiler (docs/pods.md), and no
 GPU. Bytes are those of the operands and results of the optimized program's instructions; what a kernel reads twice, or
 finds in the cache, the program does not say. Without a GPU XLA tries no variants: it takes its own kernels for matmuls,
-where it would choose cuBLAS's on the device. Milliseconds are bytes over the memory's bandwidth: no kernel reaches that.
+where it would take cuBLAS's on the device. Milliseconds are bytes over the memory's bandwidth; kernels do not reach it.
 """
 
 import collections
