@@ -39,6 +39,12 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def compiled_with() -> dict[str, str]:
+    """What decides how XLA compiles, beside the program: JAX's version, and the flags in the environment."""
+    flags = {name.lower(): os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)}
+    return {"jax": jax.__version__, **flags}
+
+
 def take_turns() -> None:
     """Programs on a CPU run one at a time; call it before anything asks for a device.
 

@@ -208,6 +208,7 @@ class Figures:
             "processes": jax.process_count(),
             "parameters": scaling.count_parameters(shapes, loop.run.model.vocab_size).total,
             "flops_per_token": self._flops,
+            **runtime.compiled_with(),
         }
         self._sizes = loop.data.batches.sizes
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import pytest
+
+from meshgpt import runtime
+
 PROGRAM = """import json, os, jax
 from meshgpt import runtime
 runtime.start()
@@ -31,6 +36,14 @@ def test_the_users_own_cache_is_kept(tmp_path: Path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}
     assert settings(**cache) == [str(tmp_path), 7.0, False, "0.92"]
     assert settings(**cache, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5")[3] == "0.5"
+
+
+def test_a_run_says_what_its_programs_were_compiled_with(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    assert runtime.compiled_with() == {"jax": jax.__version__, "xla_flags": "--xla_dump_to=x"}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert runtime.compiled_with() == {"jax": jax.__version__}
 
 
 FAULTS = """import resource, sys
