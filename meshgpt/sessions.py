@@ -1,9 +1,9 @@
 """How long a run took and on what, over all its restarts: `sessions.json` in the run's folder.
 
 One object a session (a process that trained), in order: `started` and `seen` (UTC, ISO 8601), `seconds` between them,
-`first_step` and `last_step` (done in this session: last - first), `devices`, `device_kind`, `processes`, and for the
-model `parameters` and `flops_per_token`; `jax`, its version, and where set `xla_flags` and `libtpu_init_args`. A session
-that was killed counts up to its last heartbeat.
+`first_step` and `last_step` (done in this session: last - first), `devices`, `device_kind`, `processes`, for the model
+`parameters` and `flops_per_token`, `jax` (its version), and where they were set `xla_flags` and `libtpu_init_args`. A
+session that was killed counts up to its last heartbeat.
 """
 
 from __future__ import annotations
