@@ -25,13 +25,15 @@ class LayerCache:
 
     @staticmethod
     def empty(rows: int, heads: int, slots: int, head_size: int, dtype: jnp.dtype) -> "LayerCache":
+        """Zeros on the mesh that is set."""
+
         def zeros() -> jax.Array:
             return jnp.zeros((rows * heads, slots, head_size), dtype, out_sharding=spec("cells _ _"))
 
         return LayerCache(zeros(), zeros())
 
     def of_rows(self, row_R: jax.Array, heads: int) -> "LayerCache":
-        """The cache of other rows, each as row_R says; it lies as "batch" does."""
+        """The cache whose row r is row row_R[r] of this one, which is of so many heads."""
         local = heads // jax.sharding.get_abstract_mesh().shape["tensor"]
 
         def taken(cache_CSH: jax.Array) -> jax.Array:
