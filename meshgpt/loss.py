@@ -239,7 +239,11 @@ def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen,
     if dx is None:
         return loss, None
     dx_bTD = jnp.moveaxis(dx, 0, 1).reshape(x_bTD.shape[0], -1, x_bTD.shape[2])[:, : x_bTD.shape[1]]
-    dw = jax.lax.psum_scatter(jax.lax.psum(totals.weight_vD, "data"), "fsdp", tiled=True)
+    dw: Any = totals.weight_vD
+    if jax.lax.axis_size("data") > 1:  # of one device XLA's CPU backend makes a copy, here as large as the head
+        dw = jax.lax.psum(dw, "data")
+    if jax.lax.axis_size("fsdp") > 1:
+        dw = jax.lax.psum_scatter(dw, "fsdp", tiled=True)
     db = None if bias_v is None else jax.lax.psum(totals.bias_v, BATCH_AXES).astype(bias_v.dtype)
     return loss, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
 
@@ -289,7 +293,9 @@ def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, targets
 
 def _vocabulary(weight_shard: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """(w_vD in the compute dtype, ids_v): a device's slice of the vocabulary, gathered over `fsdp`."""
-    w_vD = jax.lax.all_gather(weight_shard.astype(dtype), "fsdp", tiled=True)
+    w_vD = weight_shard.astype(dtype)
+    if jax.lax.axis_size("fsdp") > 1:
+        w_vD = jax.lax.all_gather(w_vD, "fsdp", tiled=True)
     return w_vD, jax.lax.axis_index("tensor") * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
 
 
@@ -320,6 +326,15 @@ def _chunk(objective, differentiate, w_vD, ids_v, own, taught, totals, xs):
         return _Totals(loss, None, None), None
     db = None if totals.bias_v is None else totals.bias_v + g.sum((0, 1))
     g = g.astype(x_bcD.dtype)
-    dw = totals.weight_vD + jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
+    dw = totals.weight_vD + _outer(g, x_bcD)
     dx = jax.lax.psum(jnp.einsum("bcv,vD->bcD", g, w_vD, preferred_element_type=jnp.float32), "tensor")
     return _Totals(loss, dw, db), dx.astype(x_bcD.dtype)
+
+
+def _outer(g: jax.Array, x_bcD: jax.Array) -> jax.Array:
+    """The gradient of the head's weight, (v, D) float32."""
+    if g.dtype == jnp.float32:
+        # XLA's CPU backend transposes the first operand by a copy, and g is by far the larger. In 16 bits it has no
+        # matmul this way round.
+        return jnp.einsum("bcD,bcv->Dv", x_bcD, g).T
+    return jnp.einsum("bcv,bcD->vD", g, x_bcD, preferred_element_type=jnp.float32)
