@@ -9,17 +9,15 @@ where it would take cuBLAS's on the device. Milliseconds are bytes over the memo
 """
 
 import collections
-import math
 import re
 
 import record
 
-from meshgpt import aot, topologies
+from meshgpt import aot, hlo, topologies
 from meshgpt.config import Data, Run
 from meshgpt.layers import Execution
 from meshgpt.models import GPT2Config
 
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 _MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)")
 _KINDS = {  # of the names XLA gives; the first that is found
@@ -46,8 +44,7 @@ def moved(program: str) -> dict[str, list[int]]:
 
 def bytes_of(kind: str) -> int:
     """Of an HLO type, tuples too."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", kind)
-    return sum(_SIZES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in arrays)
+    return sum(hlo.nbytes(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", kind))
 
 
 def kind_of(name: str) -> str:

@@ -56,7 +56,7 @@ def kernels(text: str) -> list[str]:
 
 def _one(match: re.Match[str], group: list[int], mesh: Mapping[str, int], scatter: bool) -> Collective:
     kind, count = match[2], len(group)
-    sizes = [_size(dtype, dims) for dtype, dims in _ARRAY.findall(match[1])]
+    sizes = [nbytes(dtype, dims) for dtype, dims in _ARRAY.findall(match[1])]
     # An asynchronous start has operands and results in its type, the larger of which is the whole array.
     size = max(sizes) if match[3] else sum(sizes)
     if kind == "reduce-scatter":
@@ -70,7 +70,8 @@ def _one(match: re.Match[str], group: list[int], mesh: Mapping[str, int], scatte
     return Collective(kind=kind, axes="+".join(varying), devices=count, size=size, moved=int(moved), times=0)
 
 
-def _size(dtype: str, dims: str) -> int:
+def nbytes(dtype: str, dims: str) -> int:
+    """Of an array, its sizes as the program's text has them ("64,1024")."""
     return _BYTES.get(dtype, 0) * math.prod(int(length) for length in dims.split(",") if length)
 
 

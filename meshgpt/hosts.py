@@ -163,7 +163,7 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
         yield
     except (UserError, MachineError, KeyboardInterrupt):
         raise
-    except Exception:
+    except Exception:  # whatever it is, the others would wait for this process
         with contextlib.suppress(OSError):
             traceback.print_exc()
         leave(1)

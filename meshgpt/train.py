@@ -28,7 +28,7 @@ from meshgpt.feed import Feed
 from meshgpt.footprint import compile_fitting
 from meshgpt.imported import adopt, record_origin
 from meshgpt.isolation import prove_isolation
-from meshgpt.models import check_divisibility
+from meshgpt.models import check_divisibility, parameter_shapes
 from meshgpt.pace import Pace
 from meshgpt.program import Program, TrainStep, flops_per_token
 from meshgpt.pulse import EVALUATING, FINISHING, SAVING, Pulse
@@ -41,7 +41,7 @@ from meshgpt.start import batch_sizes, newest, start
 from meshgpt.step import Metrics, TrainState
 from meshgpt.teacher import beside_teacher, record_before, with_teacher
 from meshgpt.tracker import Console, JsonLines, Several
-from meshgpt.trees import Tree, leaves_with_names
+from meshgpt.trees import Tree
 from meshgpt.validation import Validation, open_validation
 from meshgpt.wrap_up import check_samples, finish
 
@@ -199,7 +199,7 @@ class Figures:
     def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
         self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
         self._pending: tuple[int, Metrics] | None = None
-        shapes = {name: leaf.shape for name, leaf in leaves_with_names(loop.program.model.abstract_params())}
+        shapes = parameter_shapes(loop.run.model)
         self._flops = flops_per_token(loop.run)
         self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
         self._facts = {
