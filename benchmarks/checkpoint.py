@@ -26,12 +26,22 @@ import jax.numpy as jnp
 import record
 from jax.sharding import PartitionSpec
 
-from meshgpt import hosts, runtime
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.checkpoint import Checkpointer, Checkpointing
-from meshgpt.config import Data, Run
-from meshgpt.gptj import GPTJConfig
-from meshgpt.program import Program
+from meshgpt import runtime
+from meshgpt.checkpoint.manager import (
+    Checkpointer,
+    Checkpointing,
+)
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.distributed import processes as hosts
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.training.program import Program
 
 STEP = 1
 ORBAX = "orbax-checkpoint"

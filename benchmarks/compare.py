@@ -104,11 +104,12 @@ class Work:
     def of(folder: Path, shape: Shape, peak_tflops: float | None) -> "Work":
         import jax
 
-        from meshgpt import hf, scaling
-        from meshgpt.models import parameter_shapes
+        from meshgpt import convert
+        from meshgpt.models import flops as scaling
+        from meshgpt.models.model import parameter_shapes
 
         jax.config.update("jax_platforms", "cpu")  # or this process would hold memory of the GPU that others need
-        config = hf.read_config(folder)
+        config = convert.read_config(folder)
         tokens = shape.rows * shape.length
         flops = tokens * scaling.flops_per_token(parameter_shapes(config), config.vocab_size, shape.length)
         return Work(tokens, flops, peak_tflops * 1e12 if peak_tflops else scaling.peak_flops(record.device()["kind"]))
@@ -157,8 +158,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for name in ("layers", "width", "heads", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's own")
     parser.add_argument("--dtype", choices=TOLERANCE, help="default: float32 on CPU, bfloat16 elsewhere")
-    parser.add_argument("--unroll", type=int, help="of ours; see meshgpt.layers.Execution")
-    parser.add_argument("--remat", help="of ours; see meshgpt.layers.Execution")
+    parser.add_argument("--unroll", type=int, help="of ours; see meshgpt.models.layers.Execution")
+    parser.add_argument("--remat", help="of ours; see meshgpt.models.layers.Execution")
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--flax-python", type=Path)
     parser.add_argument("--without", nargs="*", default=[], help="names of contestants to leave out")

@@ -25,7 +25,7 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-3, "float16": 5e-3}  # a step lower
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model and a batch, and how ours runs its layers (see meshgpt.layers.Execution).
+    """A model and a batch, and how ours runs its layers (see meshgpt.models.layers.Execution).
 
     platform: JAX's name of what ours runs on, which the others have to run on too.
     checkpointing: peers of PyTorch recompute each block's activations. plain: biases start at zero, as peers without
@@ -247,9 +247,9 @@ def write_task(folder: Path, shape: Shape) -> None:
 
 def _write_model(folder: Path, shape: Shape) -> None:
     """A Hugging Face folder of the shape with random weights, one tensor at a time."""
-    from meshgpt import hf
-    from meshgpt.hf import safetensor
-    from meshgpt.hf.names import stored_tensors
+    from meshgpt import convert
+    from meshgpt.convert import safetensor
+    from meshgpt.convert.hf_names import stored_tensors
 
     positions = max(2048 if shape.family == "gptj" else 1024, shape.length)
     config = {"model_type": shape.family, "n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width}
@@ -258,7 +258,7 @@ def _write_model(folder: Path, shape: Shape) -> None:
     config |= {"rotary_dim": min(64, shape.width // shape.heads)} if shape.family == "gptj" else {}
     name = {"gpt2": "GPT2LMHeadModel", "gptj": "GPTJForCausalLM"}[shape.family]
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [name], "torch_dtype": "float32"}))
-    tensors, rng = stored_tensors(hf.read_config(folder)), np.random.default_rng(0)
+    tensors, rng = stored_tensors(convert.read_config(folder)), np.random.default_rng(0)
     shapes = [(tensor.name, tensor.shape) for tensor in tensors]
     with safetensor.Writer(folder / "model.safetensors", shapes, np.dtype(np.float32)) as writer:
         for tensor in tensors:

@@ -40,14 +40,14 @@ def make(shape: str, folder: Path) -> None:
     import ml_dtypes
     import numpy as np
 
-    from meshgpt import hf
-    from meshgpt.hf import safetensor
-    from meshgpt.hf.names import stored_tensors
+    from meshgpt import convert
+    from meshgpt.convert import safetensor
+    from meshgpt.convert.hf_names import stored_tensors
 
     folder.mkdir()
     name = {"gpt2": "GPT2LMHeadModel", "gptj": "GPTJForCausalLM"}[SHAPES[shape]["model_type"]]
     (folder / "config.json").write_text(json.dumps(SHAPES[shape] | {"architectures": [name]}))
-    tensors = stored_tensors(hf.read_config(folder))
+    tensors = stored_tensors(convert.read_config(folder))
     dtype = np.dtype(ml_dtypes.bfloat16)
     rng = np.random.default_rng(0)
     noise = (rng.standard_normal(2**22, np.float32) * 0.02).astype(dtype)
@@ -94,14 +94,20 @@ def ours(task: str, folder: Path) -> list[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from meshgpt import hf, trees
-    from meshgpt.axes import MeshShape, make_mesh
-    from meshgpt.models import Model
-    from meshgpt.precision import Precision
-    from meshgpt.tokenizer import train_bpe
+    from meshgpt import (
+        convert,
+        trees,
+    )
+    from meshgpt.data.tokenizer import train_bpe
+    from meshgpt.distributed.mesh import (
+        MeshShape,
+        make_mesh,
+    )
+    from meshgpt.models.model import Model
+    from meshgpt.models.precision import Precision
 
     with jax.set_mesh(make_mesh(MeshShape())):
-        source = hf.open_source(str(folder))
+        source = convert.open_source(str(folder))
         model = Model(config=source.config, precision=Precision(params="bfloat16", compute="float32"))
         abstract = _placed(model.abstract_params())
         # XLA's compiler is a part of the program that is loaded at its first use.
@@ -122,14 +128,14 @@ def ours(task: str, folder: Path) -> list[Row]:
 
         written: list[float] = []
         watch = Watch()
-        hf.export(
+        convert.export(
             params,
             source.config,
             train_bpe(["measured"], 300),
             folder.with_name("exported"),
-            probe=hf.Probe(
+            probe=convert.Probe(
                 tokens_BT=np.arange(16, dtype=np.int32)[None],
-                logits=jax.jit(logits, compiler_options=hf.PROBE_COMPILER_OPTIONS),
+                logits=jax.jit(logits, compiler_options=convert.PROBE_COMPILER_OPTIONS),
             ),
             dtype="bfloat16",
             release=True,

@@ -14,15 +14,22 @@ from pathlib import Path
 import record
 
 from meshgpt import runtime
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
 from meshgpt.data.prepare import Prepare
-from meshgpt.distill import Distill
-from meshgpt.layers import Execution
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Cosine
-from meshgpt.tracker import read_json_lines
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPT2Config
+from meshgpt.objectives.distillation import Distill
+from meshgpt.optim.config import (
+    AdamW,
+    Cosine,
+)
 from meshgpt.train import train
+from meshgpt.training.trackers import read_json_lines
 
 VOCAB, DEPTH = 1024, 6
 

@@ -17,12 +17,19 @@ import numpy as np
 import record
 
 from meshgpt import runtime
-from meshgpt.axes import MeshShape, make_mesh, spec
-from meshgpt.config import Data, Run
-from meshgpt.layers import Execution
-from meshgpt.loss import NextToken
-from meshgpt.models import GPT2Config
-from meshgpt.program import Program
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+    spec,
+)
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPT2Config
+from meshgpt.objectives.loss import NextToken
+from meshgpt.training.program import Program
 
 BASE = {"layers": 4, "width": 256, "length": 256, "batch": 4}
 SIZES = {

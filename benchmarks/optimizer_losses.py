@@ -12,14 +12,24 @@ from pathlib import Path
 import record
 
 from meshgpt import runtime
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
 from meshgpt.data.prepare import Prepare
-from meshgpt.layers import Execution
-from meshgpt.models import GPTJConfig
-from meshgpt.optim import AdamW, AdamW4bit, AdamW8bit, Cosine, Optimizer
-from meshgpt.tracker import read_json_lines
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPTJConfig
+from meshgpt.optim.config import (
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+    Cosine,
+    Optimizer,
+)
 from meshgpt.train import train
+from meshgpt.training.trackers import read_json_lines
 
 RATES = {"peak_lr": 2e-3, "warmup_steps": 50, "schedule": Cosine(final=0.05)}
 OPTIMIZERS: dict[str, tuple[str, Optimizer]] = {

@@ -17,11 +17,22 @@ import jax.numpy as jnp
 import record
 
 from meshgpt import trees
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.models import Model
-from meshgpt.optim import Adafactor, AdamW, AdamW4bit, AdamW8bit, Lion, Muon, Optimizer
-from meshgpt.step import global_norm
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.model import Model
+from meshgpt.optim.config import (
+    Adafactor,
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+    Lion,
+    Muon,
+    Optimizer,
+)
+from meshgpt.training.step import global_norm
 from meshgpt.trees import Tree
 
 OPTIMIZERS: dict[str, Optimizer] = {

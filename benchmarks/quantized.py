@@ -19,13 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
-from meshgpt import hf, runtime
-from meshgpt.axes import MeshShape, make_mesh, spec
-from meshgpt.generate import Sampling, generate_text
-from meshgpt.hf.names import Stored, stored_tensors
-from meshgpt.models import GPT2Config, Model
-from meshgpt.precision import Precision
-from meshgpt.tokenizer import ByteLevelBPE, train_bpe
+from meshgpt import (
+    convert,
+    runtime,
+)
+from meshgpt.convert.hf_names import (
+    Stored,
+    stored_tensors,
+)
+from meshgpt.data.tokenizer import (
+    ByteLevelBPE,
+    train_bpe,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+    spec,
+)
+from meshgpt.inference.generate import (
+    Sampling,
+    generate_text,
+)
+from meshgpt.models.model import (
+    GPT2Config,
+    Model,
+)
+from meshgpt.models.precision import Precision
 from meshgpt.trees import Tree
 
 
@@ -88,11 +107,13 @@ def main() -> None:
         params = model.init(jax.random.key(0))
         rows = [measure("bfloat16", model, params, tokenizer, asked.batch, asked.new)]
         del params
-        forms = [hf.BnbForm(kind="int8"), hf.BnbForm(kind="nf4")]
+        forms = [convert.BnbForm(kind="int8"), convert.BnbForm(kind="nf4")]
         for form in forms:
             folder = Path(scratch) / form.kind
-            hf.quantize(contents(config), config, tokenizer, form, folder, lambda _: None, lambda done, total: None)
-            params = hf.load(folder, config, model.abstract_params())
+            convert.quantize(
+                contents(config), config, tokenizer, form, folder, lambda _: None, lambda done, total: None
+            )
+            params = convert.load(folder, config, model.abstract_params())
             rows.append(measure(form.kind, model, params, tokenizer, asked.batch, asked.new))
             del params
     print(f"{jax.devices()[0].device_kind}, {asked.layers} layers x {asked.width}, batch {asked.batch}")

@@ -23,15 +23,34 @@ import record
 import torch
 import transformers
 
-from meshgpt.axes import MeshShape, make_mesh, spec
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.hf.names import stored_tensors, to_stored
-from meshgpt.layers import Execution
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.models import Model
-from meshgpt.optim import AdamW, Constant
-from meshgpt.step import from_params, make_train_step
-from meshgpt.trees import Tree, leaves_with_names
+from meshgpt.convert.hf_names import (
+    stored_tensors,
+    to_stored,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+    spec,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import Model
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
+from meshgpt.optim.config import (
+    AdamW,
+    Constant,
+)
+from meshgpt.training.step import (
+    from_params,
+    make_train_step,
+)
+from meshgpt.trees import (
+    Tree,
+    leaves_with_names,
+)
 
 OPTIM = AdamW(peak_lr=3e-4, warmup_steps=0, schedule=Constant())
 OVERHEAD_CALLS = 200
@@ -159,9 +178,11 @@ def parse() -> argparse.Namespace:
     for name, default in (("layers", 12), ("width", 384), ("heads", 6), ("batch", 4), ("seq", 256), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--unroll", type=int, default=Execution().unroll, help="see meshgpt.layers.Execution")
-    parser.add_argument("--remat", default=Execution().remat, help="see meshgpt.layers.Execution")
-    parser.add_argument("--chunk", type=int, default=NextToken().chunk_tokens, help="see meshgpt.loss.NextToken")
+    parser.add_argument("--unroll", type=int, default=Execution().unroll, help="see meshgpt.models.layers.Execution")
+    parser.add_argument("--remat", default=Execution().remat, help="see meshgpt.models.layers.Execution")
+    parser.add_argument(
+        "--chunk", type=int, default=NextToken().chunk_tokens, help="see meshgpt.objectives.loss.NextToken"
+    )
     return parser.parse_args()
 
 

@@ -11,12 +11,22 @@ of 2023, 540M of ArXiv and 390M of GitHub, which together are 2.23B; 4,400 steps
 is not said: a line here).
 """
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.data.mixture import Source, Stage
-from meshgpt.layers import Execution
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Linear
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
+from meshgpt.data.mixture import (
+    Source,
+    Stage,
+)
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    Linear,
+)
 
 
 def config() -> Run:

@@ -12,10 +12,17 @@ plain JAX step was measured at. Expected: the loss is your text's. From GPT-2's 
 text from the web and falls from the first evaluation on; if it starts near 11, the weights or the tokenizer are others.
 """
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Linear
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
+from meshgpt.models.model import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    Linear,
+)
 
 
 def config() -> Run:

@@ -11,13 +11,20 @@ PIQA 76.5% (the published model's, on the Pile).
 Data: a token store at data/pile in GPT-2's tokens, `meshgpt prepare TEXT --tokenizer GPT2 --out data/pile`.
 """
 
-from meshgpt.axes import MeshShape
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.layers import Execution
-from meshgpt.loss import NextToken
-from meshgpt.models import GPTJConfig
-from meshgpt.optim import AdamW, Cosine
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
+from meshgpt.distributed.mesh import MeshShape
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPTJConfig
+from meshgpt.objectives.loss import NextToken
+from meshgpt.optim.config import (
+    AdamW,
+    Cosine,
+)
 
 
 def config() -> Run:

@@ -13,11 +13,18 @@ the weights or the tokenizer are others. The learning rates are those of Mesh-Tr
 (1e-5 to 5e-5, ending at a fifth, after a warmup of 5 to 10% of the steps).
 """
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.layers import Execution
-from meshgpt.models import GPTJConfig
-from meshgpt.optim import AdamW, Cosine
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPTJConfig
+from meshgpt.optim.config import (
+    AdamW,
+    Cosine,
+)
 
 
 def config() -> Run:

@@ -14,12 +14,19 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
 from meshgpt.data.prepare import Prepare
-from meshgpt.layers import Execution
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Constant
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    Constant,
+)
 
 FOLDER = Path("runs/ladder")
 VOCABULARY = 1024
@@ -84,8 +91,8 @@ def main() -> int:
     """Trains the six, one after the other; run again, it goes on where it stopped."""
     from meshgpt import runtime
     from meshgpt.errors import exit_code
-    from meshgpt.run_folder import RunFolder
     from meshgpt.train import train
+    from meshgpt.training.run_folder import RunFolder
 
     def command() -> None:
         write_prose(FOLDER / "text")

@@ -12,10 +12,17 @@ The published card gives sizes and tokens; the rest is from gpt2_125m.yaml in Co
 14,000 batches are 7.34B tokens. Its amp is float16 or bfloat16 by machine; here it is what the device has.
 """
 
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Run, Samples
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, Cosine
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Run,
+    Samples,
+)
+from meshgpt.models.model import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    Cosine,
+)
 
 
 def config() -> Run:

@@ -2,14 +2,25 @@
 
 import dataclasses
 
-from meshgpt.axes import MeshShape
-from meshgpt.checkpoint import Checkpointing
-from meshgpt.config import Data, Evals, Run, Samples
+from meshgpt.checkpoint.manager import Checkpointing
+from meshgpt.config import (
+    Data,
+    Evals,
+    Run,
+    Samples,
+)
 from meshgpt.data.prepare import Prepare
+from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
-from meshgpt.loss import NextToken
-from meshgpt.models import GPTJConfig
-from meshgpt.optim import Constant, InverseSqrt, Optimizer, Piecewise, Schedule
+from meshgpt.models.model import GPTJConfig
+from meshgpt.objectives.loss import NextToken
+from meshgpt.optim.config import (
+    Constant,
+    InverseSqrt,
+    Optimizer,
+    Piecewise,
+    Schedule,
+)
 
 STEPS = 100
 VOCABULARY = 2048

@@ -14,14 +14,21 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt import hf, wrap_up
+from meshgpt import convert
+from meshgpt.data.tokenizer import (
+    ByteLevelBPE,
+    train_bpe,
+)
 from meshgpt.evals.scoring import Scorer
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.models import ModelConfig
-from meshgpt.precision import Precision
-from meshgpt.tokenizer import ByteLevelBPE, train_bpe
-from meshgpt.trained import Trained, open_trained
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import ModelConfig
+from meshgpt.models.precision import Precision
+from meshgpt.training import finish
+from meshgpt.training.load import (
+    Trained,
+    open_trained,
+)
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 CONTEXT = 64
@@ -71,8 +78,8 @@ def export(config: ModelConfig, folder: Path) -> Path:
     with jax.set_mesh(tiny.mesh()):
         model = tiny.model(config, precision=Precision(compute="float32"))
         params = tiny.params(config, tiny.numpy_params(config, scale=0.2))
-        probe = wrap_up.probe(model, np.arange(CONTEXT))
-        hf.export(params, config, tokenizer(), folder, probe=probe)
+        probe = finish.probe(model, np.arange(CONTEXT))
+        convert.export(params, config, tokenizer(), folder, probe=probe)
     return folder
 
 

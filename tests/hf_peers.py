@@ -13,11 +13,23 @@ import torch
 import transformers
 from flax import nnx
 
-from meshgpt import hf, trees
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.gpt2 import GPT2, GPT2Config
-from meshgpt.gptj import GPTJ, GPTJConfig
-from meshgpt.layers import Execution
+from meshgpt import (
+    convert,
+    trees,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.models.gpt2 import (
+    GPT2,
+    GPT2Config,
+)
+from meshgpt.models.gptj import (
+    GPTJ,
+    GPTJConfig,
+)
+from meshgpt.models.layers import Execution
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 97, (8, 12), dtype=np.int32)
 GPT2_TINY = GPT2Config(vocab_size=97, n_positions=16, n_layers=2, n_heads=2, d_model=16, vocab_multiple=8)
@@ -47,7 +59,7 @@ class Words:
         self.backend.save(str(folder / "tokenizer.json"))
 
 
-def peer(config: hf.ModelConfig) -> transformers.PreTrainedModel:
+def peer(config: convert.ModelConfig) -> transformers.PreTrainedModel:
     """A transformers model with random weights, biases and norms included."""
     torch.manual_seed(0)
     settings = {
@@ -76,7 +88,7 @@ def peer(config: hf.ModelConfig) -> transformers.PreTrainedModel:
 
 
 @functools.cache
-def _model(config: hf.ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple[trees.Tree, Callable]:
+def _model(config: convert.ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple[trees.Tree, Callable]:
     """(abstract parameters, the jitted logits of (params, tokens_BT)); `mesh` is the one that is set."""
     kind = GPT2 if isinstance(config, GPT2Config) else GPTJ
     made = nnx.eval_shape(lambda: kind(config, Execution(), params_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -96,7 +108,9 @@ def _model(config: hf.ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple
     return jax.tree.map(on_devices, nnx.to_pure_dict(state)), logits
 
 
-def live(config: hf.ModelConfig, mesh: MeshShape = MESH, dtype: str = "float32") -> tuple[trees.Tree, hf.Probe]:
+def live(
+    config: convert.ModelConfig, mesh: MeshShape = MESH, dtype: str = "float32"
+) -> tuple[trees.Tree, convert.Probe]:
     """Random parameters on the mesh and the probe whose logits are our model's."""
     devices = make_mesh(mesh)
     jax.set_mesh(devices)
@@ -106,7 +120,7 @@ def live(config: hf.ModelConfig, mesh: MeshShape = MESH, dtype: str = "float32")
     def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put((rng.normal(size=leaf.shape) * 0.1).astype(leaf.dtype), leaf.sharding)
 
-    return jax.tree.map(random, abstract), hf.Probe(tokens_BT=TOKENS_BT % config.vocab_size, logits=logits)
+    return jax.tree.map(random, abstract), convert.Probe(tokens_BT=TOKENS_BT % config.vocab_size, logits=logits)
 
 
 def torch_logits(model: transformers.PreTrainedModel, tokens_BT: np.ndarray) -> np.ndarray:
@@ -114,7 +128,7 @@ def torch_logits(model: transformers.PreTrainedModel, tokens_BT: np.ndarray) -> 
         return model(torch.tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()
 
 
-def our_logits(params: trees.Tree, probe: hf.Probe, config: hf.ModelConfig) -> np.ndarray:
+def our_logits(params: trees.Tree, probe: convert.Probe, config: convert.ModelConfig) -> np.ndarray:
     return np.asarray(probe.logits(params, probe.tokens_BT))[..., : config.vocab_size]
 
 

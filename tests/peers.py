@@ -6,9 +6,12 @@ import numpy as np
 import tiny
 import torch
 
-from meshgpt.axes import spec
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.models import ModelConfig
+from meshgpt.distributed.mesh import spec
+from meshgpt.models.model import ModelConfig
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
 from meshgpt.trees import Tree
 
 

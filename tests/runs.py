@@ -21,11 +21,15 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from meshgpt import cli, train
-from meshgpt.checkpoint import restore_params
-from meshgpt.data.prepare import Prepare, prepare
-from meshgpt.models import Model
-from meshgpt.run_folder import RunFolder
+from meshgpt import train
+from meshgpt.checkpoint.manager import restore_params
+from meshgpt.cli import main
+from meshgpt.data.prepare import (
+    Prepare,
+    prepare,
+)
+from meshgpt.models.model import Model
+from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import leaves_with_names
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +40,7 @@ MODELS = {
     # Dropout, so that a resumed run must draw what an uninterrupted one would have drawn.
     "gpt2": f"GPT2Config(vocab_size={VOCAB}, n_positions=32, n_layers=2, n_heads=4, d_model=32, resid_dropout=0.1)",
 }
-RECIPE = """from meshgpt.checkpoint import Checkpointing
+RECIPE = """from meshgpt.checkpoint.manager import Checkpointing
 from meshgpt.config import Data, Run, Samples
 from meshgpt.models import GPT2Config, GPTJConfig
 from meshgpt.optim import AdamW
@@ -142,7 +146,7 @@ class Here:
         return self._ended(lambda: train.main([*map(str, arguments)]))
 
     def cli(self, *arguments: object) -> Ended:
-        return self._ended(lambda: cli.main([*map(str, arguments)]))
+        return self._ended(lambda: main.main([*map(str, arguments)]))
 
     def _ended(self, command: Callable[[], int]) -> Ended:
         self.capture.readouterr()
@@ -196,7 +200,10 @@ def losses(run: Path) -> list[tuple[int, float, float | None]]:
 
 def saved_params(run: Path, step: int) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint, by name."""
-    from meshgpt.axes import MeshShape, make_mesh
+    from meshgpt.distributed.mesh import (
+        MeshShape,
+        make_mesh,
+    )
 
     folder = RunFolder(run)
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):

@@ -9,14 +9,34 @@ from pathlib import Path
 import jax
 import pytest
 
-from meshgpt import aot, cli, hlo, recipe, scaling, topologies
-from meshgpt.aot import Proof, TooLargeError
-from meshgpt.axes import MeshShape
-from meshgpt.compile_command import candidates, describe, expected, nearest, ranked, search
+from meshgpt import recipe
+from meshgpt.cli import main
+from meshgpt.cli.compile import (
+    candidates,
+    describe,
+    expected,
+    nearest,
+    ranked,
+    search,
+)
 from meshgpt.config import Run
+from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
-from meshgpt.kernels import pick_kernel
-from meshgpt.models import GPTJConfig, parameter_shapes
+from meshgpt.hardware import topologies
+from meshgpt.models import flops
+from meshgpt.models.attention_kernels import pick_kernel
+from meshgpt.models.model import (
+    GPTJConfig,
+    parameter_shapes,
+)
+from meshgpt.planning import (
+    aot,
+    hlo,
+)
+from meshgpt.planning.aot import (
+    Proof,
+    TooLargeError,
+)
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/gptj_6b.py"
@@ -155,7 +175,7 @@ def check(proof: Proof, kernel: str) -> None:
     # Each microbatch gathers every layer twice: forward, and again for the backward pass.
     assert gathered >= 0.9 * 2 * proof.run.accumulate * layer * model.n_layers * (proof.mesh.fsdp - 1) / proof.mesh.fsdp
     assert 0 < proof.estimate.best <= proof.estimate.worst
-    assert proof.flops_per_token == scaling.flops_per_token(parameter_shapes(model), model.vocab_size, 2048)
+    assert proof.flops_per_token == flops.flops_per_token(parameter_shapes(model), model.vocab_size, 2048)
 
 
 @pytest.mark.slow
@@ -177,7 +197,7 @@ def test_20b_fits_on_v3_512():
     """The shape of GPT-NeoX-20B, with head size 96."""
     proof = aot.prove(gptj(model=GPTJ_20B, accumulate=8), topologies.parse("v3-512"))
     check(proof, "xla")
-    assert scaling.count_parameters(parameter_shapes(GPTJ_20B), 50400).total == pytest.approx(20.5e9, rel=0.01)
+    assert flops.count_parameters(parameter_shapes(GPTJ_20B), 50400).total == pytest.approx(20.5e9, rel=0.01)
 
 
 @pytest.mark.slow
@@ -186,7 +206,7 @@ def test_slices_hold_whole_models_and_only_data_crosses_between_them():
     devices = aot.devices_of(topology)
     proof = aot.prove(shallow(mesh=MeshShape(data=2, fsdp=4, tensor=4), accumulate=1), topology)
     assert {"fsdp", "tensor"} <= {one.axes for one in proof.collectives}
-    from meshgpt.axes import make_mesh
+    from meshgpt.distributed.mesh import make_mesh
 
     mesh = make_mesh(proof.mesh, devices)
     for index, slice_ in enumerate(mesh.devices):
@@ -233,7 +253,7 @@ def test_candidates_keep_the_batch_and_match_the_devices():
 
 
 def test_the_kernel_is_that_of_the_mesh_and_not_of_this_machine():
-    from meshgpt.axes import make_mesh
+    from meshgpt.distributed.mesh import make_mesh
 
     for name, kernel in {"v3-8": "xla", "v5e-4": "splash", "v4-8": "splash"}.items():
         devices = aot.devices_of(topologies.parse(name))
@@ -252,16 +272,16 @@ def test_the_kernel_is_that_of_the_mesh_and_not_of_this_machine():
 def test_the_verb_prints_figures_and_names_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     small = tmp_path / "small.py"
     small.write_text(
-        "from meshgpt.config import Data, Run\nfrom meshgpt.models import GPT2Config\n"
+        "from meshgpt.config import Data, Run\nfrom meshgpt.models.model import GPT2Config\n"
         "def config():\n    return Run(model=GPT2Config(n_layers=1, d_model=128, n_heads=2, n_positions=128), "
         "data=Data(), steps=1000, global_batch=8)\n"
     )
     flags = ["compile", str(small), "--topology", "v5e-4", "--effort", "low"]
-    assert cli.main([*flags, "--json"]) == 0
+    assert main.main([*flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["devices"], said["attention"], said["mesh"]["data"]) == (4, "splash", 4)
     assert said["memory"]["peak"] > said["memory"]["parameters"]
-    assert cli.main([*flags, "--json", "--data.mask-documents"]) == 0  # by segment ids, not by a T x T mask
+    assert main.main([*flags, "--json", "--data.mask-documents"]) == 0  # by segment ids, not by a T x T mask
     masked = json.loads(capsys.readouterr().out)
     assert masked["attention"] == "splash"
     assert masked["memory"]["peak"] < 1.1 * said["memory"]["peak"]
@@ -271,7 +291,7 @@ def test_the_verb_prints_figures_and_names_mistakes(capsys: pytest.CaptureFixtur
         ([*flags[:3], "v5e-5"], "no such slice can be rented"),
         ([*flags, "--mesh.tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 needs a multiple of 3 devices"),
     ):
-        assert cli.main(arguments) == 2
+        assert main.main(arguments) == 2
         assert words in capsys.readouterr().err
 
 

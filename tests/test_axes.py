@@ -4,7 +4,14 @@ import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from meshgpt.axes import RULES, MeshShape, Rules, gathered, make_mesh, spec
+from meshgpt.distributed.mesh import (
+    RULES,
+    MeshShape,
+    Rules,
+    gathered,
+    make_mesh,
+    spec,
+)
 from meshgpt.errors import UserError
 
 

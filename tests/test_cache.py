@@ -9,8 +9,12 @@ import pytest
 import tiny
 import torch
 
-from meshgpt.axes import spec
-from meshgpt.cache import LayerCache, Slots, attend_cached
+from meshgpt.distributed.mesh import spec
+from meshgpt.models.kv_cache import (
+    LayerCache,
+    Slots,
+    attend_cached,
+)
 
 HEADS, SIZE, SLOTS = 4, 8, 12
 

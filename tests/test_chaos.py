@@ -20,14 +20,30 @@ import pytest
 import runs
 from runs import Here, Workshop
 
-from meshgpt import digests, train
-from meshgpt.chaos import faults, proof
-from meshgpt.chaos.disk import Disk, small_disk
-from meshgpt.chaos.faults import Fault, Injector, Kind, plan
+from meshgpt import train
+from meshgpt.chaos import (
+    faults,
+    proof,
+)
+from meshgpt.chaos.disk import (
+    Disk,
+    small_disk,
+)
+from meshgpt.chaos.faults import (
+    Fault,
+    Injector,
+    Kind,
+    plan,
+)
+from meshgpt.checkpoint import manifest
 from meshgpt.data.pipeline import Batches
-from meshgpt.data_commands import open_run
-from meshgpt.pulse import SAVING, STEPPING, Sign
-from meshgpt.supervisor import Scene
+from meshgpt.distributed.heartbeat import (
+    SAVING,
+    STEPPING,
+    Sign,
+)
+from meshgpt.distributed.supervisor import Scene
+from meshgpt.training.data import open_run
 
 
 def test_a_plan_is_the_seeds_and_has_every_kind():
@@ -79,7 +95,7 @@ class Watched:
         place.mkdir()
         (place / "array").write_bytes(bytes(1000))
         if complete:
-            digests.write_manifest(place)
+            manifest.write_manifest(place)
         return place
 
 
@@ -144,9 +160,9 @@ def test_bits_are_flipped_only_where_an_intact_checkpoint_is_left(tmp_path: Path
         watched.checkpoint(8)
         watched.see(8)
         assert watched.processes[1].wait(5) == -signal.SIGKILL
-        digests.verify(tmp_path / "checkpoints" / "6")
-        with pytest.raises(digests.DamagedError, match="array does not match"):
-            digests.verify(tmp_path / "checkpoints" / "8")
+        manifest.verify(tmp_path / "checkpoints" / "6")
+        with pytest.raises(manifest.DamagedError, match="array does not match"):
+            manifest.verify(tmp_path / "checkpoints" / "8")
     finally:
         watched.end()
 

@@ -21,8 +21,14 @@ import pytest
 from absl import logging as absl_logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from meshgpt import digests
-from meshgpt.checkpoint import Checkpointer, Checkpointing, latest_step, read_metadata, restore_params
+from meshgpt.checkpoint import manifest
+from meshgpt.checkpoint.manager import (
+    Checkpointer,
+    Checkpointing,
+    latest_step,
+    read_metadata,
+    restore_params,
+)
 from meshgpt.errors import UserError
 
 KEEP_ALL = Checkpointing(every=1, keep=100)
@@ -162,14 +168,14 @@ def test_the_newest_and_every_nth_are_kept(tmp_path: Path):
 
 def test_nothing_waits_for_the_digests_and_nothing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     gate = threading.Event()
-    write = digests.write_manifest
+    write = manifest.write_manifest
 
     def write_slowly(folder: Path) -> None:
         assert gate.wait(60)
         write(folder)
 
     _saved(tmp_path, 1)
-    monkeypatch.setattr(digests, "write_manifest", write_slowly)
+    monkeypatch.setattr(manifest, "write_manifest", write_slowly)
     lines: list[str] = []
     with Checkpointer(tmp_path, Checkpointing(every=1, keep=1), report=lines.append) as checkpointer:
         checkpointer.save(2, _state(2), {})
@@ -186,14 +192,14 @@ def test_nothing_waits_for_the_digests_and_nothing_is_skipped(tmp_path: Path, mo
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path):
     _saved(tmp_path, 4)
-    written = digests.manifest_path(tmp_path / "4").stat().st_mtime_ns
+    written = manifest.manifest_path(tmp_path / "4").stat().st_mtime_ns
     with Checkpointer(tmp_path, KEEP_ALL, report=_unexpected) as checkpointer:
         checkpointer.restore(4, _abstract(_state(4)))
         checkpointer.save(4, _state(4), {})
         checkpointer.save(5, _state(5), {})
         checkpointer.save(5, _state(5), {})
         assert checkpointer.steps() == [4, 5]
-    assert digests.manifest_path(tmp_path / "4").stat().st_mtime_ns == written
+    assert manifest.manifest_path(tmp_path / "4").stat().st_mtime_ns == written
 
 
 def test_flipped_bits_are_all_caught(tmp_path: Path):
@@ -205,10 +211,10 @@ def test_flipped_bits_are_all_caught(tmp_path: Path):
         path = generator.choices(files, sizes)[0]
         bit = generator.randrange(8 * path.stat().st_size)
         _flip(path, bit)
-        with pytest.raises(digests.DamagedError, match=re.escape(path.name)):
-            digests.verify(tmp_path / "1")
+        with pytest.raises(manifest.DamagedError, match=re.escape(path.name)):
+            manifest.verify(tmp_path / "1")
         _flip(path, bit)
-    digests.verify(tmp_path / "1")
+    manifest.verify(tmp_path / "1")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_flipped_bits_are_all_caught(tmp_path: Path):
         (lambda path: os.truncate(path, 100), "has 100 bytes instead of"),
         (lambda path: path.unlink(), "is missing"),
         (lambda path: path.with_name("extra").touch(), "extra is not in the manifest"),
-        (lambda path: digests.manifest_path(path).touch(), "digests.json is not in the manifest"),
+        (lambda path: manifest.manifest_path(path).touch(), "digests.json is not in the manifest"),
     ],
 )
 def test_a_damaged_step_is_named_and_the_one_before_is_used(tmp_path: Path, damage, message: str):
@@ -258,7 +264,7 @@ def test_damaged_steps_do_not_count_as_kept(tmp_path: Path):
 
 def test_an_unfinished_first_save_is_a_fresh_start(tmp_path: Path):
     _saved(tmp_path, 1)
-    digests.manifest_path(tmp_path / "1").unlink()
+    manifest.manifest_path(tmp_path / "1").unlink()
     lines: list[str] = []
     assert latest_step(tmp_path, lines.append) is None
     assert "its save did not finish" in lines[0]
@@ -371,7 +377,7 @@ def test_a_disk_that_fails_at_the_manifest(tmp_path: Path, monkeypatch: pytest.M
 
     with Checkpointer(tmp_path, KEEP_ALL, report=_ignored) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr(digests, "write_manifest", fail)
+            patch.setattr(manifest, "write_manifest", fail)
             checkpointer.save(2, _state(2), {})
             with pytest.raises(UserError, match=message):
                 checkpointer.wait()
@@ -439,7 +445,7 @@ def test_killed_in_a_save_the_newest_intact_step_is_exact(tmp_path: Path):
         step = latest_step(tmp_path, _ignored)
         assert step is not None or not complete
         assert (step or 0) >= max(complete, default=0)
-        unfinished += names != {f"{s}{suffix}" for s in (step, (step or 0) - 1) for suffix in ("", digests.SUFFIX)}
+        unfinished += names != {f"{s}{suffix}" for s in (step, (step or 0) - 1) for suffix in ("", manifest.SUFFIX)}
         if step is not None:
             state = _state(step, size=20_000)
             with Checkpointer(tmp_path, Checkpointing(every=1), report=_ignored) as checkpointer:

@@ -8,7 +8,7 @@ import pytest
 from runs import Here
 
 import meshgpt
-from meshgpt import cli
+from meshgpt.cli import main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], ["--version"], ["tran"]], ids=str)
@@ -23,14 +23,14 @@ def test_what_needs_no_jax_imports_none(arguments: list[str]):
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {verb} " in said for verb in cli.VERBS)
-    assert cli.VERBS.keys() >= {"train", "prepare", "generate", "export", "doctor"}
+    assert all(f"\n  {verb} " in said for verb in main.VERBS)
+    assert main.VERBS.keys() >= {"train", "prepare", "generate", "export", "doctor"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"meshgpt {meshgpt.__version__}\n"
 
 

@@ -10,7 +10,7 @@ import runs
 from runs import Here
 
 from meshgpt.data.store import Store
-from meshgpt.tokenizer import load_tokenizer
+from meshgpt.data.tokenizer import load_tokenizer
 
 
 def test_prepare_makes_a_store_that_train_takes(here: Here, tmp_path: Path):

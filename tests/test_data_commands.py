@@ -9,17 +9,29 @@ import jax
 import numpy as np
 import pytest
 
-from meshgpt.config import Data, Run
-from meshgpt.data.mixture import Source, Stage
+from meshgpt.cli.data import data as command
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.data.mixture import (
+    Source,
+    Stage,
+)
 from meshgpt.data.packing import pack
-from meshgpt.data.prepare import Prepare, prepare
+from meshgpt.data.prepare import (
+    Prepare,
+    prepare,
+)
 from meshgpt.data.store import Store
-from meshgpt.data_commands import data as command
+from meshgpt.distributed.batch import Feed
 from meshgpt.errors import UserError
-from meshgpt.feed import Feed
-from meshgpt.models import GPT2Config
-from meshgpt.run_data import RunData, open_run_data
-from meshgpt.run_folder import RunFolder
+from meshgpt.models.model import GPT2Config
+from meshgpt.training.data import (
+    RunData,
+    open_run_data,
+)
+from meshgpt.training.run_folder import RunFolder
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 MODEL = GPT2Config(vocab_size=400, n_positions=32, n_layers=1, n_heads=2, d_model=8)

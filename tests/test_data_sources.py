@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 
 from meshgpt.data import long_line
 from meshgpt.data.long_line import LongLine
-from meshgpt.data.prepare import Prepare, prepare
+from meshgpt.data.prepare import (
+    Prepare,
+    prepare,
+)
 from meshgpt.data.store import Store
+from meshgpt.data.tokenizer import train_bpe
 from meshgpt.errors import UserError
-from meshgpt.tokenizer import train_bpe
 
 TEXTS = [
     path.read_text(encoding="utf-8") for path in sorted((Path(sysconfig.get_path("stdlib")) / "asyncio").glob("*.py"))

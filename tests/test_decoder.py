@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt.axes import spec
-from meshgpt.cache import Slots
-from meshgpt.decoder import Shape, single_blocks
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.models import ModelConfig
+from meshgpt.models.decoder import (
+    Shape,
+    single_blocks,
+)
+from meshgpt.models.kv_cache import Slots
+from meshgpt.models.model import ModelConfig
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
 
 F32 = jnp.float32
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt import digests
+from meshgpt.checkpoint import manifest as digests
 
 
 @pytest.fixture

@@ -11,13 +11,24 @@ import torch
 import torch.nn.functional as F
 
 from meshgpt import trees
-from meshgpt.axes import spec
-from meshgpt.decoder import Head
-from meshgpt.distill import Distill, chosen_layers
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.loss import Teacher, summed
-from meshgpt.models import GPT2Config, GPTJConfig, Model, ModelConfig
-from meshgpt.precision import Precision
+from meshgpt.models.decoder import Head
+from meshgpt.models.model import (
+    GPT2Config,
+    GPTJConfig,
+    Model,
+    ModelConfig,
+)
+from meshgpt.models.precision import Precision
+from meshgpt.objectives.distillation import (
+    Distill,
+    chosen_layers,
+)
+from meshgpt.objectives.loss import (
+    Teacher,
+    summed,
+)
 
 DEEP = dataclasses.replace(tiny.GPT2, n_layers=4)
 TOKENS = np.random.default_rng(3).integers(0, tiny.VOCAB, (8, 13), dtype=np.int32)

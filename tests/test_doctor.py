@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import pytest
 
-from meshgpt import doctor
+from meshgpt.cli import doctor
 
 
 @dataclass

@@ -12,10 +12,13 @@ import torch
 from eval_peers import silent
 
 from meshgpt.errors import UserError
-from meshgpt.evals.perplexity import Perplexity, measure
+from meshgpt.evals.perplexity import (
+    Perplexity,
+    measure,
+)
 from meshgpt.evals.scoring import Scorer
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.precision import Precision
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.precision import Precision
 
 CONFIG = GPT2Config(vocab_size=400, n_positions=16, n_layers=1, n_heads=2, d_model=16, vocab_multiple=64)
 TEXTS = [eval_peers.sentence(1, 3), eval_peers.sentence(2, 40) + "\n\n two  spaces é ", eval_peers.sentence(3, 9)]

@@ -13,9 +13,13 @@ from eval_peers import silent
 from meshgpt.errors import UserError
 from meshgpt.evals import scoring
 from meshgpt.evals.requests import Request
-from meshgpt.evals.scoring import Scorer, batches, padded
-from meshgpt.models import ModelConfig
-from meshgpt.precision import Precision
+from meshgpt.evals.scoring import (
+    Scorer,
+    batches,
+    padded,
+)
+from meshgpt.models.model import ModelConfig
+from meshgpt.models.precision import Precision
 
 # Of every length that fits, with 1 to all tokens scored; the last but one is too long, the last scores nothing.
 REQUESTS = [Request(tiny.tokens(1, 2 + n % 16, seed=n)[0].tolist(), 1 + n % (1 + n % 16)) for n in range(40)]

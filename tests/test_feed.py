@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt.axes import spec
-from meshgpt.feed import Feed
+from meshgpt.distributed.batch import Feed
+from meshgpt.distributed.mesh import spec
 
 A, M, K = 3, 8, 5
 ROWS = np.arange(A * M * K, dtype=np.int32).reshape(A * M, K)

@@ -8,14 +8,18 @@ import pytest
 import tiny
 import torch
 
-from meshgpt import generate as module
-from meshgpt.axes import spec
+from meshgpt.data.tokenizer import train_bpe
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.generate import Generator, generate, generate_text
-from meshgpt.models import ModelConfig
-from meshgpt.precision import Precision
-from meshgpt.sampling import Sampling
-from meshgpt.tokenizer import train_bpe
+from meshgpt.inference import generate as module
+from meshgpt.inference.generate import (
+    Generator,
+    generate,
+    generate_text,
+)
+from meshgpt.inference.sampling import Sampling
+from meshgpt.models.model import ModelConfig
+from meshgpt.models.precision import Precision
 
 FAMILIES = [dataclasses.replace(config, n_positions=80) for config in tiny.FAMILIES]
 BOTH = pytest.mark.parametrize("config", FAMILIES, ids=tiny.name)

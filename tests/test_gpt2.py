@@ -8,8 +8,8 @@ import pytest
 import tiny
 from peers import assert_equals_transformers
 
-from meshgpt import gpt2
 from meshgpt.errors import UserError
+from meshgpt.models import gpt2
 
 ODD_HEADS = dataclasses.replace(tiny.GPT2, n_heads=3, d_model=21, d_ff=40, n_layers=3)
 UNTIED = dataclasses.replace(tiny.GPT2, n_heads=1, d_model=10, tied_head=False, n_layers=1, vocab_multiple=128)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from peers import assert_equals_transformers
 
-from meshgpt import gptj
 from meshgpt.errors import UserError
+from meshgpt.models import gptj
 
 ODD_HEADS = dataclasses.replace(tiny.GPTJ, n_heads=3, d_model=30, rotary_dim=6, d_ff=44, n_layers=3)
 ONE_HEAD = dataclasses.replace(tiny.GPTJ, n_heads=1, d_model=12, rotary_dim=12, n_layers=1, vocab_multiple=128)

@@ -31,13 +31,22 @@ from hf_peers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshgpt import hf, trees
-from meshgpt.axes import MeshShape
+from meshgpt import (
+    convert,
+    trees,
+)
+from meshgpt.convert import (
+    atomic_folder,
+    safetensor,
+)
+from meshgpt.convert.hf_names import (
+    by_path,
+    stored_tensors,
+)
+from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.hf import safetensor, staging
-from meshgpt.hf.names import by_path, stored_tensors
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
 
 BOTH = pytest.mark.parametrize("config", [GPT2_TINY, GPTJ_TINY], ids=["gpt2", "gptj"])
 GPT2_UNTIED = GPT2Config(
@@ -72,11 +81,11 @@ def test_import_gives_the_logits_of_transformers(config, mesh, tmp_path):
     other = peer(config)
     other.save_pretrained(tmp_path)
     params, probe = live(config, mesh)
-    found = hf.read_config(tmp_path)
+    found = convert.read_config(tmp_path)
     assert dataclasses.replace(found, vocab_multiple=config.vocab_multiple) == dataclasses.replace(
         config, d_ff=config.mlp_width
     )
-    loaded = hf.load(tmp_path, found, params)
+    loaded = convert.load(tmp_path, found, params)
     assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == jax.tree.map(lambda leaf: leaf.sharding, params)
     np.testing.assert_allclose(
         our_logits(loaded, probe, config), torch_logits(other, probe.tokens_BT), atol=1e-4, rtol=0
@@ -86,7 +95,7 @@ def test_import_gives_the_logits_of_transformers(config, mesh, tmp_path):
 @pytest.mark.parametrize(("config", "mesh"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_export_gives_our_logits_in_transformers(config, mesh, tmp_path):
     params, probe = live(config, mesh)
-    verdict = hf.export(params, config, Words(), tmp_path / "out", probe=probe)
+    verdict = convert.export(params, config, Words(), tmp_path / "out", probe=probe)
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert other.config.model_type in ("gpt2", "gptj")
     assert other.config.eos_token_id == other.generation_config.eos_token_id == 49
@@ -103,9 +112,9 @@ def test_export_gives_our_logits_in_transformers(config, mesh, tmp_path):
 def test_round_trip_keeps_every_bit(config, dtype, tmp_path):
     peer(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
     params, probe = live(config, dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    read = hf.read_config(tmp_path / "in")
-    loaded = hf.load(tmp_path / "in", read, params)
-    hf.export(loaded, read, Words(), tmp_path / "out", probe=probe, dtype=dtype)
+    read = convert.read_config(tmp_path / "in")
+    loaded = convert.load(tmp_path / "in", read, params)
+    convert.export(loaded, read, Words(), tmp_path / "out", probe=probe, dtype=dtype)
     before = safetensors.torch.load_file(tmp_path / "in" / "model.safetensors")
     after = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -119,7 +128,7 @@ def test_round_trip_keeps_every_bit(config, dtype, tmp_path):
 @BOTH
 def test_rounded_export_passes_the_gate_and_says_by_how_much(config, tmp_path):
     params, probe = live(config)
-    verdict = hf.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="bfloat16")
+    verdict = convert.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="bfloat16")
     assert 0 < verdict.logit_error < 0.1
 
 
@@ -127,7 +136,7 @@ def test_rounded_export_passes_the_gate_and_says_by_how_much(config, tmp_path):
 def test_equal_parameters_give_equal_bytes_on_any_mesh(config, tmp_path):
     for name, mesh in (("a", MESH), ("b", ONE)):
         params, probe = live(config, mesh)
-        hf.export(params, config, Words(), tmp_path / name, probe=probe)
+        convert.export(params, config, Words(), tmp_path / name, probe=probe)
     files = {path.name for path in (tmp_path / "a").iterdir()}
     assert files == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
     for file in files:
@@ -139,7 +148,7 @@ def test_large_model_is_sharded_with_an_index(config, tmp_path):
     params, probe = live(config)
     seen = []
     out = tmp_path / "out"
-    hf.export(
+    convert.export(
         params, config, Words(), out, probe=probe, shard_bytes=9_000, on_progress=lambda *state: seen.append(state)
     )
     shards = sorted(out.glob("model-*-of-*.safetensors"))
@@ -149,13 +158,13 @@ def test_large_model_is_sharded_with_an_index(config, tmp_path):
     assert index["metadata"]["total_size"] == seen[-1][0] == seen[-1][1]
     other = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     np.testing.assert_allclose(torch_logits(other, probe.tokens_BT), our_logits(params, probe, config), atol=1e-4)
-    loaded = hf.load(out, config, params)
+    loaded = convert.load(out, config, params)
     np.testing.assert_array_equal(our_logits(loaded, probe, config), our_logits(params, probe, config))
 
 
 def test_release_frees_the_live_parameters(tmp_path):
     params, probe = live(GPT2_TINY)
-    hf.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe, release=True)
+    convert.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe, release=True)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
@@ -171,7 +180,7 @@ def test_prefix_masks_and_a_copied_head_change_nothing(folder, gpt2_folder):
         }
 
     rewrite(folder, change)
-    assert_equal_trees(hf.load(folder, GPT2_TINY, params), hf.load(gpt2_folder, GPT2_TINY, params))
+    assert_equal_trees(convert.load(folder, GPT2_TINY, params), convert.load(gpt2_folder, GPT2_TINY, params))
 
 
 def test_everything_that_does_not_fit_is_listed(folder):
@@ -185,7 +194,7 @@ def test_everything_that_does_not_fit_is_listed(folder):
 
     rewrite(folder, change)
     with pytest.raises(UserError) as caught:
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
     message = str(caught.value)
     assert "4 tensors" in message
     assert "missing: transformer.h.0.ln_1.bias (16,)" in message
@@ -205,21 +214,21 @@ def test_value_that_is_not_finite_is_refused_by_name(folder, value):
 
     rewrite(folder, change)
     with pytest.raises(UserError, match=name):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 def test_head_that_differs_from_the_tied_embedding_is_refused(folder):
     params, _ = live(GPT2_TINY)
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 def test_tensor_there_twice_is_refused(folder):
     params, _ = live(GPT2_TINY)
     rewrite(folder, lambda tensors: tensors | {"wpe.weight": tensors["transformer.wpe.weight"] + 1})
     with pytest.raises(UserError, match=r"wpe\.weight is there twice"):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -1])
@@ -228,7 +237,7 @@ def test_truncated_file_is_refused(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match="cut short"):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +256,7 @@ def test_index_pointing_elsewhere_is_refused(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
     with pytest.raises(UserError, match="refused"):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +272,14 @@ def test_bad_index_is_refused(folder, text, message):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 def test_folder_without_a_model_is_refused(folder):
     params, _ = live(GPT2_TINY)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no model"):
-        hf.load(folder, GPT2_TINY, params)
+        convert.load(folder, GPT2_TINY, params)
 
 
 @pytest.mark.parametrize(
@@ -288,23 +297,23 @@ def test_config_of_another_model_is_refused(folder, change, message):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        hf.read_config(folder)
+        convert.read_config(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_broken_config_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"has no config\.json"):
-        hf.read_config(tmp_path)
+        convert.read_config(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is not"):
-        hf.read_config(tmp_path)
+        convert.read_config(tmp_path)
 
 
 def test_what_a_config_leaves_out_is_the_default_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gptj", "rotary_dim": null}')
-    assert hf.read_config(tmp_path) == GPTJConfig(d_ff=16384, rotary_dim=256)
+    assert convert.read_config(tmp_path) == GPTJConfig(d_ff=16384, rotary_dim=256)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert hf.read_config(tmp_path) == GPT2Config(d_ff=3072, embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1)
+    assert convert.read_config(tmp_path) == GPT2Config(d_ff=3072, embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1)
 
 
 @BOTH
@@ -316,7 +325,7 @@ def test_overflow_and_bad_values_leave_nothing_behind(config, tmp_path):
         changed[1, 2, 3] = value
         params["blocks"]["mlp"]["up_DF"] = jax.device_put(changed, leaf.sharding)
         with pytest.raises(UserError, match=rf"h\.1\.mlp\..*{message}"):
-            hf.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="float16")
+            convert.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="float16")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -329,10 +338,10 @@ class Failing(Words):
 def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     params, probe = live(GPT2_TINY)
     with pytest.raises(UserError, match="disk is full"):
-        hf.export(params, GPT2_TINY, Failing(), tmp_path / "out", probe=probe)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 10**6))
+        convert.export(params, GPT2_TINY, Failing(), tmp_path / "out", probe=probe)
+    monkeypatch.setattr(atomic_folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 10**6))
     with pytest.raises(UserError, match=r"1,000,000 bytes free and the export takes 64,0"):
-        hf.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe)
+        convert.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -340,16 +349,16 @@ def test_what_is_there_already_is_kept_unless_it_is_to_be_replaced(tmp_path):
     params, probe = live(GPT2_TINY)
     out = tmp_path / "out"
     out.mkdir()
-    hf.export(params, GPT2_TINY, Words(), out, probe=probe)
+    convert.export(params, GPT2_TINY, Words(), out, probe=probe)
     with pytest.raises(UserError, match="holds a model already"):
-        hf.export(params, GPT2_TINY, Words(), out, probe=probe)
+        convert.export(params, GPT2_TINY, Words(), out, probe=probe)
     (out / "left over").touch()
-    hf.export(params, GPT2_TINY, Words(), out, probe=probe, replace=True)
+    convert.export(params, GPT2_TINY, Words(), out, probe=probe, replace=True)
     assert not (out / "left over").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").touch()
     with pytest.raises(UserError, match="not an exported model"):
-        hf.export(params, GPT2_TINY, Words(), tmp_path / "home", probe=probe, replace=True)
+        convert.export(params, GPT2_TINY, Words(), tmp_path / "home", probe=probe, replace=True)
     assert (tmp_path / "home" / "letter.txt").exists()
 
 
@@ -357,7 +366,7 @@ def test_what_is_there_already_is_kept_unless_it_is_to_be_replaced(tmp_path):
 def test_gate_names_the_first_tensor_that_differs(config, tmp_path):
     params, probe = live(config)
     out = tmp_path / "out"
-    hf.export(params, config, Words(), out, probe=probe)
+    convert.export(params, config, Words(), out, probe=probe)
     name = "transformer.h.1.ln_1.weight"
     for later in ("transformer.ln_f.bias", name):
 
@@ -367,22 +376,22 @@ def test_gate_names_the_first_tensor_that_differs(config, tmp_path):
 
         rewrite(out, change)
         with pytest.raises(UserError, match=rf"{later} is the first tensor that differs"):
-            hf.read_back(out, params, config, probe)
+            convert.read_back(out, params, config, probe)
 
 
 def test_gate_compares_configuration_count_and_logits(tmp_path):
     params, probe = live(GPT2_TINY)
     out = tmp_path / "out"
-    hf.export(params, GPT2_TINY, Words(), out, probe=probe)
+    convert.export(params, GPT2_TINY, Words(), out, probe=probe)
     with pytest.raises(UserError, match="reads back as"):
-        hf.read_back(out, params, dataclasses.replace(GPT2_TINY, layer_norm_eps=1e-6), probe)
+        convert.read_back(out, params, dataclasses.replace(GPT2_TINY, layer_norm_eps=1e-6), probe)
     calls = iter([1.0, 1.001])
     drifting = dataclasses.replace(probe, logits=lambda p, t: probe.logits(p, t) * next(calls))
     with pytest.raises(UserError, match="logits differ"):
-        hf.read_back(out, params, GPT2_TINY, drifting)
+        convert.read_back(out, params, GPT2_TINY, drifting)
     rewrite(out, lambda tensors: {name: tensors[name] for name in tensors if "ln_f" not in name})
     with pytest.raises(UserError, match="parameters, and the live model has"):
-        hf.read_back(out, params, GPT2_TINY, probe)
+        convert.read_back(out, params, GPT2_TINY, probe)
 
 
 @given(

@@ -13,10 +13,13 @@ from hf_peers import MESH, Words, live, our_logits, peer, torch_logits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from meshgpt import hf, trees
-from meshgpt.axes import MeshShape
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
+from meshgpt import (
+    convert,
+    trees,
+)
+from meshgpt.distributed.mesh import MeshShape
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
 
 MESHES = (MESH, MeshShape(data=8), MeshShape(data=2, fsdp=4))
 
@@ -52,15 +55,15 @@ def test_logits_gradients_and_round_trip_of_random_architectures(tmp_path_factor
     other = peer(config)
     other.save_pretrained(folder)
     live_params, probe = live(config, mesh)
-    read = dataclasses.replace(hf.read_config(folder), vocab_multiple=8)
+    read = dataclasses.replace(convert.read_config(folder), vocab_multiple=8)
     assert read == dataclasses.replace(config, d_ff=config.mlp_width)
-    params = hf.load(folder, read, live_params)
+    params = convert.load(folder, read, live_params)
     tokens_BT = probe.tokens_BT[:, : config.n_positions]
     probe = dataclasses.replace(probe, tokens_BT=tokens_BT)
     np.testing.assert_allclose(our_logits(params, probe, config), torch_logits(other, tokens_BT), atol=2e-4, rtol=0)
     _compare_gradients(folder, other, config, params, probe)
     out = folder / "out"
-    hf.export(params, read, Words(config.vocab_size, 0), out, probe=probe)
+    convert.export(params, read, Words(config.vocab_size, 0), out, probe=probe)
     before, after = (safetensors.torch.load_file(path / "model.safetensors") for path in (folder, out))
     assert before.keys() == after.keys()
     assert all(tensor.equal(after[name]) for name, tensor in before.items())
@@ -75,7 +78,7 @@ def _compare_gradients(folder, other, config, params, probe) -> None:
     gradients = {name: parameter.grad.contiguous() for name, parameter in other.named_parameters()}
     (folder / "gradients").mkdir()
     safetensors.torch.save_file(gradients, folder / "gradients" / "model.safetensors", {"format": "pt"})
-    theirs = hf.load(folder / "gradients", config, params)
+    theirs = convert.load(folder / "gradients", config, params)
     padding = [(0, 0), (0, 0), (0, config.padded_vocab - config.vocab_size)]
     ours = _gradients(probe.logits, params, probe.tokens_BT, np.pad(weight_BTV, padding))
     # A bias of the keys changes no attention: its gradient is rounding alone, hence a floor to what is compared.

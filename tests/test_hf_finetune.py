@@ -9,16 +9,30 @@ import pytest
 import torch
 from hf_peers import GPT2_TINY, GPTJ_TINY, live, peer
 
-from meshgpt import hf, recipe
-from meshgpt.axes import spec
+from meshgpt import (
+    convert,
+    recipe,
+)
+from meshgpt.convert.adam_state import Moments
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.hf.moments import Moments
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.models import Model
-from meshgpt.optim import AdamW, AdamW8bit, Lion
-from meshgpt.step import from_params, make_eval_step, make_train_step
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import Model
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
+from meshgpt.optim.config import (
+    AdamW,
+    AdamW8bit,
+    Lion,
+)
+from meshgpt.training.step import (
+    from_params,
+    make_eval_step,
+    make_train_step,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = pytest.mark.parametrize(
@@ -33,7 +47,7 @@ def test_recipe_starts_at_the_weights_loss_and_lowers_it(name, config, tmp_path)
     assert isinstance(run.model, GPTJConfig) == isinstance(config, GPTJConfig)
     other = peer(config)
     other.save_pretrained(tmp_path)
-    source = hf.open_source(str(tmp_path))
+    source = convert.open_source(str(tmp_path))
     model = Model(config=source.config, execution=dataclasses.replace(run.execution, attention="xla"))
     params = source.load(live(source.config)[0])
     tokens = np.random.default_rng(0).integers(0, 97, (run.accumulate, 8, 13), dtype=np.int32)

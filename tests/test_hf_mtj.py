@@ -9,15 +9,27 @@ import pytest
 import torch
 from hf_peers import MESH, ONE, assert_equal_trees, live, mtj_logits, mtj_shards, our_logits, peer, write_mtj
 
-from meshgpt import hf, trees
-from meshgpt.adam import AdamState
-from meshgpt.axes import MeshShape, spec
+from meshgpt import (
+    convert,
+    trees,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    spec,
+)
 from meshgpt.errors import UserError
-from meshgpt.gptj import GPTJConfig
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.models import Model
-from meshgpt.optim import AdamW
-from meshgpt.step import from_params, make_train_step
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import Model
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
+from meshgpt.optim.adam import AdamState
+from meshgpt.optim.config import AdamW
+from meshgpt.training.step import (
+    from_params,
+    make_train_step,
+)
 
 # Eleven layers, because layer_10 comes before layer_2.
 CONFIG = GPTJConfig(
@@ -75,7 +87,7 @@ def moments_of(shards):
 @pytest.mark.parametrize("count", COUNTS)
 def test_logits_are_those_of_the_sharded_computation(checkpoints, model, count):
     folder, shards = checkpoints[count]
-    source = hf.open_source(str(folder))
+    source = convert.open_source(str(folder))
     assert (source.config, source.step) == (CONFIG, 7)
     assert any(f"from {count} shards, with its optimizer state" in note for note in source.notes)
     params, probe = live(source.config, MESH)
@@ -91,7 +103,7 @@ def test_every_shard_count_gives_the_same_bits_on_every_mesh(checkpoints):
     found = {}
     for count, mesh in zip(COUNTS, (ONE, MESH, MeshShape(data=2, fsdp=4), MeshShape(data=1, tensor=8)), strict=True):
         params, _ = live(CONFIG, mesh)
-        source = hf.open_source(str(checkpoints[count][0] / "step_7"))
+        source = convert.open_source(str(checkpoints[count][0] / "step_7"))
         moments = source.load_moments(params, params)
         assert moments.count == 7
         loaded = {"params": source.load(params), "mu": moments.mu, "nu": moments.nu}
@@ -110,7 +122,7 @@ def test_slim_bfloat16_checkpoint(model, tmp_path):
         shards = [bf16(tree) for tree in mtj_shards(model, count, np.random.default_rng(0))]
         write_mtj(tmp_path / f"{count}", shards, 3)
         (tmp_path / f"{count}" / "c.json").write_text(json.dumps(SETTINGS))
-        source = hf.open_source(str(tmp_path / f"{count}"))
+        source = convert.open_source(str(tmp_path / f"{count}"))
         assert {entry.code for entry in source.tensors.entries.values()} == {"BF16", "F32"}
         params, _ = live(CONFIG)
         head = np.asarray(source.load(params)["head_VD"])[:64]
@@ -142,10 +154,10 @@ def test_written_and_read_again_training_goes_on_bit_for_bit(tmp_path, shards):
     states = list(steps_of(params, None, 3))
     adam = states[1].opt_state[0]
     assert isinstance(adam, AdamState)
-    moments = hf.Moments(mu=adam.mu, nu=adam.nu, count=int(adam.count))
+    moments = convert.Moments(mu=adam.mu, nu=adam.nu, count=int(adam.count))
     out = tmp_path / "step_2"
-    hf.export_mtj(states[1].params, UNPADDED, out, shards=shards, step=2, moments=moments)
-    source = hf.open_source(str(out))
+    convert.export_mtj(states[1].params, UNPADDED, out, shards=shards, step=2, moments=moments)
+    source = convert.open_source(str(out))
     assert (source.config, source.step) == (CONFIG, 2)
     read = source.load_moments(params, params)
     assert_equal_trees(source.load(params), states[1].params)
@@ -158,7 +170,7 @@ def test_what_is_written_computes_the_same_there(tmp_path):
     params, probe = live(CONFIG)
     for count in (2, 8):
         out = tmp_path / str(count)
-        hf.export_mtj(params, CONFIG, out, shards=count)
+        convert.export_mtj(params, CONFIG, out, shards=count)
         shards = [leaves_by_name(out / f"shard_{s}", CONFIG.n_layers) for s in range(count)]
         theirs = np.stack([mtj_logits(shards, CONFIG, tokens_T) for tokens_T in probe.tokens_BT[:2]])
         np.testing.assert_allclose(our_logits(params, probe, CONFIG)[:2], theirs, atol=2e-4, rtol=0)
@@ -199,7 +211,7 @@ def folder(model, tmp_path):
 
 def refused(folder, message):
     with pytest.raises(UserError, match=message):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 def test_missing_files_are_listed(folder):
@@ -225,7 +237,7 @@ def test_flipped_bit_is_refused(folder):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"shard_1/4.npz is cut short or broken"):
-        hf.open_source(str(folder)).load(live(CONFIG)[0])
+        convert.open_source(str(folder)).load(live(CONFIG)[0])
 
 
 def test_objects_are_refused_and_not_unpickled(folder, tmp_path):
@@ -290,7 +302,7 @@ def test_other_layouts_are_refused_by_name(folder):
 )
 def test_what_the_layout_cannot_hold_is_not_written(tmp_path, change, shards, message):
     with pytest.raises(UserError, match=message):
-        hf.export_mtj({}, dataclasses.replace(CONFIG, **change), tmp_path / "out", shards=shards)
+        convert.export_mtj({}, dataclasses.replace(CONFIG, **change), tmp_path / "out", shards=shards)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,5 +310,5 @@ def test_failed_write_leaves_nothing_behind(tmp_path):
     params, _ = live(CONFIG)
     bad = trees.map_with_names(lambda name, x: x * np.float32(np.nan) if name == "ln_f/scale_D" else x, params)
     with pytest.raises(UserError, match=r"ln_f.weight holds a value that is not finite"):
-        hf.export_mtj(bad, CONFIG, tmp_path / "out", shards=2)
+        convert.export_mtj(bad, CONFIG, tmp_path / "out", shards=2)
     assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from hf_peers import GPT2_TINY, GPTJ_TINY, assert_equal_trees, live, peer
 
-from meshgpt import hf
+from meshgpt import convert
+from meshgpt.convert import hub
 from meshgpt.errors import UserError
-from meshgpt.hf import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,15 +56,15 @@ def test_torch_files_give_what_safetensors_give(config, dtype, shards, tmp_path)
     peer(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "st")
     as_torch(tmp_path / "st", tmp_path / "bin", shards)
     params, _ = live(config)
-    source = hf.open_source(str(tmp_path / "bin"))
+    source = convert.open_source(str(tmp_path / "bin"))
     assert (source.config.n_layers, source.notes, source.adam, source.tokenizer) == (config.n_layers, (), None, None)
-    assert_equal_trees(hf.load(tmp_path / "bin", config, params), hf.load(tmp_path / "st", config, params))
+    assert_equal_trees(convert.load(tmp_path / "bin", config, params), convert.load(tmp_path / "st", config, params))
 
 
 def test_torch_file_of_before_1_6_is_read(gpt2_folder, tmp_path):
     as_torch(gpt2_folder, tmp_path / "bin", _use_new_zipfile_serialization=False)
     params, _ = live(GPT2_TINY)
-    assert_equal_trees(hf.load(tmp_path / "bin", GPT2_TINY, params), hf.load(gpt2_folder, GPT2_TINY, params))
+    assert_equal_trees(convert.load(tmp_path / "bin", GPT2_TINY, params), convert.load(gpt2_folder, GPT2_TINY, params))
 
 
 def reversed_(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,14 +80,14 @@ def test_torch_file_of_transposed_views_and_parameters_is_read(gpt2_folder, tmp_
     params, _ = live(GPT2_TINY)
     expected = as_torch(gpt2_folder, tmp_path / "plain")
     torch.save(tensors, expected / "pytorch_model.bin")
-    assert_equal_trees(hf.load(folder, GPT2_TINY, params), hf.load(expected, GPT2_TINY, params))
+    assert_equal_trees(convert.load(folder, GPT2_TINY, params), convert.load(expected, GPT2_TINY, params))
 
 
 def test_sharded_safetensors_of_transformers_are_read(gpt2_folder, tmp_path):
     peer(GPT2_TINY).save_pretrained(tmp_path, max_shard_size="9KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     params, _ = live(GPT2_TINY)
-    assert_equal_trees(hf.load(tmp_path, GPT2_TINY, params), hf.load(gpt2_folder, GPT2_TINY, params))
+    assert_equal_trees(convert.load(tmp_path, GPT2_TINY, params), convert.load(gpt2_folder, GPT2_TINY, params))
 
 
 class Creating:
@@ -107,7 +107,7 @@ def test_pickle_that_does_something_is_refused_and_not_run(gpt2_folder, tmp_path
     for content in ({"wte.weight": Creating(made)}, Creating(made)):
         torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
         with pytest.raises(UserError, match="refused, and nothing in it was run"):
-            hf.open_source(str(folder))
+            convert.open_source(str(folder))
         assert not made.exists()
     pickle.loads(pickle.dumps(Creating(made))).close()
     assert made.exists()  # so the test would have seen it
@@ -129,7 +129,7 @@ def test_torch_file_of_anything_but_tensors_is_refused(gpt2_folder, tmp_path, co
     folder = as_torch(gpt2_folder, tmp_path / "bin")
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=message):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000, -1])
@@ -138,7 +138,7 @@ def test_truncated_torch_file_is_refused(gpt2_folder, tmp_path, keep):
     file = folder / "pytorch_model-00001-of-00002.bin"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"00001-of-00002.bin is (cut short|broken)"):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -148,28 +148,28 @@ def test_bad_index_of_torch_files_is_refused(gpt2_folder, tmp_path, name, messag
     folder = as_torch(gpt2_folder, tmp_path / "bin", 2)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
     with pytest.raises(UserError, match=message):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 def test_index_naming_another_kind_of_file_is_refused(gpt2_folder, tmp_path):
     folder = as_torch(gpt2_folder, tmp_path / "bin", 2)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "config.json"}}))
     with pytest.raises(UserError, match=r"neither \.safetensors nor \.bin"):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 def test_torch_file_without_torch_says_so(gpt2_folder, tmp_path, monkeypatch):
     folder = as_torch(gpt2_folder, tmp_path / "bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="pip install torch"):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 def test_other_architecture_is_named_with_what_is_supported(gpt2_folder, tmp_path):
     folder = Path(shutil.copytree(gpt2_folder, tmp_path / "model"))
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match="model_type is 'llama'; supported: 'gpt2', 'gptj'"):
-        hf.open_source(str(folder))
+        convert.open_source(str(folder))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -250,20 +250,20 @@ def fake_hub(tmp_path, monkeypatch, gpt2_folder):
 
 
 def test_hub_model_is_downloaded_once_and_only_what_is_needed(fake_hub, gpt2_folder, tmp_path):
-    source = hf.open_source("o/safe")
-    assert source.config == hf.read_config(gpt2_folder)
+    source = convert.open_source("o/safe")
+    assert source.config == convert.read_config(gpt2_folder)
     cached = {path.name for path in (tmp_path / "cache").glob("models--o--safe/snapshots/*/*")}
     assert cached == {"config.json", "generation_config.json", "model.safetensors"}
     before = [line for line in fake_hub.asked if line.startswith("GET o/")]
-    hf.open_source("o/safe@main")
+    convert.open_source("o/safe@main")
     assert [line for line in fake_hub.asked if line.startswith("GET o/")] == before
     fake_hub.stop()  # no network: what is in the cache still serves
     params, _ = live(source.config)
-    assert_equal_trees(hf.open_source("o/safe").load(params), hf.load(gpt2_folder, source.config, params))
+    assert_equal_trees(convert.open_source("o/safe").load(params), convert.load(gpt2_folder, source.config, params))
 
 
 def test_hub_model_with_torch_files_only(fake_hub, gpt2_folder):
-    source = hf.open_source("o/torch")
+    source = convert.open_source("o/torch")
     found = source.tensors.entries["transformer.wte.weight"].map()
     np.testing.assert_array_equal(found, hf_tensors(gpt2_folder)["transformer.wte.weight"].numpy())
 
@@ -271,7 +271,7 @@ def test_hub_model_with_torch_files_only(fake_hub, gpt2_folder):
 def test_offline_mode_is_respected(fake_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="neither a folder here nor complete in the hub's cache"):
-        hf.open_source("o/safe")
+        convert.open_source("o/safe")
     assert fake_hub.asked == []
 
 
@@ -288,35 +288,35 @@ def test_offline_mode_is_respected(fake_hub, monkeypatch):
 )
 def test_source_that_is_not_there(fake_hub, source, message):
     with pytest.raises(UserError, match=message):
-        hf.open_source(source)
+        convert.open_source(source)
 
 
 def test_no_network_and_nothing_in_the_cache(fake_hub):
     fake_hub.stop()
     with pytest.raises(UserError, match=r"the hub cannot be reached \(.*[Cc]onnection refused\)"):
-        hf.open_source("o/safe")
+        convert.open_source("o/safe")
 
 
 def test_no_room_for_the_download(fake_hub, monkeypatch, tmp_path):
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 1000))
     with pytest.raises(UserError, match=r"bytes to download and .* has 1,000 free"):
-        hf.open_source("o/safe")
+        convert.open_source("o/safe")
     assert not list(tmp_path.glob("cache/**/*.safetensors"))
 
 
 def test_gated_model_says_what_to_do(fake_hub, gpt2_folder):
     shutil.copytree(gpt2_folder, fake_hub.root / "o" / "gated")
     with pytest.raises(UserError, match="terms accepted first"):
-        hf.open_source("o/gated@secret")
+        convert.open_source("o/gated@secret")
 
 
 def test_hub_without_the_extra_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'meshgpt\[hf\]'"):
-        hf.open_source("o/safe")
+        convert.open_source("o/safe")
 
 
 def test_file_instead_of_a_folder(gpt2_folder):
     with pytest.raises(UserError, match="neither a folder nor"):
-        hf.open_source(os.fspath(gpt2_folder / "config.json"))
+        convert.open_source(os.fspath(gpt2_folder / "config.json"))

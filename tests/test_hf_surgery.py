@@ -9,10 +9,14 @@ from hf_peers import GPT2_TINY, GPTJ_TINY, MESH, Words, assert_equal_trees, live
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshgpt import hf
+from meshgpt import convert
+from meshgpt.convert.surgery import (
+    interpolated,
+    tiled,
+    with_mean_rows,
+)
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.hf.surgery import interpolated, tiled, with_mean_rows
+from meshgpt.models.gpt2 import GPT2Config
 
 BOTH = pytest.mark.parametrize("config", [GPT2_TINY, GPTJ_TINY], ids=["gpt2", "gptj"])
 UNTIED = dataclasses.replace(GPT2_TINY, tied_head=False)
@@ -22,7 +26,7 @@ def opened(config, folder, **surgery):
     """(transformers' model, the source, its parameters on the mesh, their probe)."""
     other = peer(config)
     other.save_pretrained(folder)
-    source = hf.open_source(str(folder), hf.Surgery(**surgery))
+    source = convert.open_source(str(folder), convert.Surgery(**surgery))
     params, probe = live(source.config, MESH)
     return other, source, source.load(params), probe
 
@@ -87,14 +91,14 @@ def test_shorter_context_changes_no_logits(config, tmp_path):
 def test_longer_context_of_gptj_changes_no_parameter(tmp_path):
     _, source, params, _ = opened(GPTJ_TINY, tmp_path, n_positions=64)
     assert source.notes == ("context changed from 16 to 64 tokens; rotary positions need no table",)
-    assert_equal_trees(params, hf.load(tmp_path, GPTJ_TINY, params))
+    assert_equal_trees(params, convert.load(tmp_path, GPTJ_TINY, params))
 
 
 def test_both_at_once_survive_an_export(tmp_path):
     _, source, params, probe = opened(UNTIED, tmp_path / "in", vocab_size=128, n_positions=24)
     assert len(source.notes) == 2
-    hf.export(params, source.config, Words(), tmp_path / "out", probe=probe)
-    again = hf.open_source(str(tmp_path / "out"))
+    convert.export(params, source.config, Words(), tmp_path / "out", probe=probe)
+    again = convert.open_source(str(tmp_path / "out"))
     assert again.config == source.config
     assert again.notes == ()
     assert_equal_trees(again.load(params), params)
@@ -103,13 +107,13 @@ def test_both_at_once_survive_an_export(tmp_path):
 def test_nothing_asked_for_is_nothing_changed(tmp_path):
     _, source, params, _ = opened(GPT2_TINY, tmp_path, vocab_size=97, n_positions=16)
     assert source.notes == ()
-    assert_equal_trees(params, hf.load(tmp_path, source.config, params))
+    assert_equal_trees(params, convert.load(tmp_path, source.config, params))
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions"])
 def test_negative_sizes_are_refused(name):
     with pytest.raises(UserError, match=f"surgery.{name}=-1"):
-        hf.Surgery(**{name: -1})
+        convert.Surgery(**{name: -1})
 
 
 @given(old=st.integers(1, 9), new=st.integers(1, 30), width=st.integers(1, 3), code=st.sampled_from(["f2", "f4"]))
@@ -130,4 +134,4 @@ def test_default_config_is_gpt2(tmp_path):
     """Extending the published sizes as gpt2-medium-4096 does keeps everything else."""
     _, source, _, _ = opened(GPT2_TINY, tmp_path, n_positions=64, extend="tile")
     assert isinstance(source.config, GPT2Config)
-    assert dataclasses.replace(source.config, n_positions=16) == hf.read_config(tmp_path)
+    assert dataclasses.replace(source.config, n_positions=16) == convert.read_config(tmp_path)

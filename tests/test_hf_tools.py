@@ -10,11 +10,15 @@ import sentencepiece
 import transformers
 from hf_peers import GPT2_TINY, GPTJ_TINY, Words, live, our_logits, torch_logits
 
-from meshgpt import hf
+from meshgpt import convert
+from meshgpt.data.tokenizer import (
+    SentencePiece,
+    train_bpe,
+    train_sentencepiece,
+)
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.tokenizer import SentencePiece, train_bpe, train_sentencepiece
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
 
 # What each reads of config.json, by its own source: transformers and lm-eval (which loads through it); vllm's `gpt2.py`
 # and `gpt_j.py`; llama.cpp's `convert_hf_to_gguf.py`, which knows GPT-2 only.
@@ -45,7 +49,7 @@ def exported(tokenizer, text, out, vocab=600):
     )
     params, probe = live(config)
     ids = np.asarray(tokenizer.encode(text)[: 8 * 64], np.int32).reshape(8, 64)
-    return hf.export(params, config, tokenizer, out, probe=hf.Probe(tokens_BT=ids, logits=probe.logits))
+    return convert.export(params, config, tokenizer, out, probe=convert.Probe(tokens_BT=ids, logits=probe.logits))
 
 
 @pytest.mark.parametrize("train", [train_bpe, train_sentencepiece])
@@ -85,7 +89,7 @@ def test_tokenizer_file_with_other_ids_is_not_exported(tmp_path):
 
     params, probe = live(GPT2_TINY)
     with pytest.raises(UserError, match=r"tokenizer\.json gives other ids"):
-        hf.export(params, GPT2_TINY, Other(), tmp_path / "out", probe=probe)
+        convert.export(params, GPT2_TINY, Other(), tmp_path / "out", probe=probe)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +100,7 @@ def test_tokenizer_file_with_other_ids_is_not_exported(tmp_path):
 )
 def test_config_has_what_other_tools_read(config, needed, tmp_path):
     params, probe = live(config)
-    hf.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="bfloat16")
+    convert.export(params, config, Words(), tmp_path / "out", probe=probe, dtype="bfloat16")
     entries = json.loads((tmp_path / "out" / "config.json").read_text())
     assert needed <= entries.keys()
     assert entries["n_inner"] == config.mlp_width
@@ -110,11 +114,11 @@ def test_gpt2_medium_4096_s_kind_of_shape(tmp_path):
     """More layers than any published GPT-2 and a longer context, both ways."""
     config = GPT2Config(vocab_size=50, n_positions=4096, n_layers=26, n_heads=2, d_model=16, vocab_multiple=8)
     params, probe = live(config)
-    hf.export(params, config, Words(), tmp_path / "out", probe=probe)
+    convert.export(params, config, Words(), tmp_path / "out", probe=probe)
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     np.testing.assert_allclose(
         torch_logits(other, probe.tokens_BT), our_logits(params, probe, config), atol=2e-4, rtol=0
     )
-    source = hf.open_source(str(tmp_path / "out"))
+    source = convert.open_source(str(tmp_path / "out"))
     assert (source.config.n_layers, source.config.n_positions) == (26, 4096)
     assert source.tokenizer == tmp_path / "out"

@@ -14,12 +14,26 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from meshgpt import host_memory, tree_io
+from meshgpt.checkpoint import orbax_io
+from meshgpt.distributed import host_memory
 from meshgpt.errors import UserError
-from meshgpt.layers import Execution
-from meshgpt.loss import NextToken, next_token_loss
-from meshgpt.optim import AdamW, AdamW8bit, Constant, Optimizer, resting
-from meshgpt.step import TrainState, from_params, make_train_step
+from meshgpt.models.layers import Execution
+from meshgpt.objectives.loss import (
+    NextToken,
+    next_token_loss,
+)
+from meshgpt.optim.config import (
+    AdamW,
+    AdamW8bit,
+    Constant,
+    Optimizer,
+    resting,
+)
+from meshgpt.training.step import (
+    TrainState,
+    from_params,
+    make_train_step,
+)
 
 
 def kinds(tree: Any) -> set[str]:
@@ -55,10 +69,10 @@ def test_a_paged_state_rests_on_the_host_and_changes_nothing(optim: Optimizer, t
     tiny.assert_same_bits(paged.opt_state, plain.opt_state)
     with jax.set_mesh(tiny.mesh(1, 1, 4)):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
-            saver.save(tmp_path / "0", args=ocp.args.Composite(**tree_io.save_args(paged.items())))
+            saver.save(tmp_path / "0", args=ocp.args.Composite(**orbax_io.save_args(paged.items())))
         fresh = jax.eval_shape(lambda: from_params(tiny.model(tiny.GPT2).init(jax.random.key(0)), paged_optim))
         abstract = dataclasses.replace(fresh, opt_state=resting(paged_optim, fresh.opt_state))
-        again = tree_io.restore(tmp_path / "0", abstract.items())
+        again = orbax_io.restore(tmp_path / "0", abstract.items())
         assert kinds(again["opt_state"]) == {"pinned_host"}
         tiny.assert_same_bits(again["opt_state"], paged.opt_state)
 

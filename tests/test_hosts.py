@@ -15,10 +15,10 @@ import pytest
 import runs
 from runs import Here, Workshop, last_step, wait_for
 
-from meshgpt import hosts
 from meshgpt.config import differences
+from meshgpt.distributed import processes as hosts
+from meshgpt.distributed.processes import Placement
 from meshgpt.errors import UserError
-from meshgpt.hosts import Placement
 
 ELSEWHERE = {"coordinator": "10.0.0.1:8476", "processes": "4", "process_id": "2"}
 

@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshgpt import layers
-from meshgpt.axes import spec
-from meshgpt.config import Data, Run
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.isolation import prove_isolation
-from meshgpt.layers import Execution
-from meshgpt.models import GPT2Config, GPTJConfig, Model
+from meshgpt.models import layers
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import (
+    GPT2Config,
+    GPTJConfig,
+    Model,
+)
+from meshgpt.objectives.document_mask import prove_isolation
 
 END = 5
 GPT2 = GPT2Config(vocab_size=50, n_positions=32, n_layers=2, n_heads=2, d_model=16)

@@ -16,11 +16,14 @@ from flax import nnx
 from jax.nn.initializers import normal, zeros
 from transformers.models.gptj import modeling_gptj
 
-from meshgpt import kernels, layers
-from meshgpt.axes import spec
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.layers import Execution
-from meshgpt.stack import run_stack
+from meshgpt.models import (
+    attention_kernels,
+    layers,
+)
+from meshgpt.models.layers import Execution
+from meshgpt.models.scan import run_stack
 
 F32 = jnp.dtype("float32")
 
@@ -249,7 +252,7 @@ def test_splash_stops_at_the_ends_of_documents():
     mask_BTS = causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
     def fused(q, k, v):
-        return jnp.sum(d * kernels.splash(q, k, v, segments_BT, interpret=True))
+        return jnp.sum(d * attention_kernels.splash(q, k, v, segments_BT, interpret=True))
 
     def written_out(q, k, v):
         return jnp.sum(d * layers.attend(q, k, v, mask_BTS))

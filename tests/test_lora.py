@@ -11,19 +11,37 @@ import pytest
 import tiny
 import torch
 
-from meshgpt import layers, trees
-from meshgpt.axes import spec
-from meshgpt.config import Data, Run
+from meshgpt import trees
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.convert.adapter import (
+    _modules,
+    _tensors,
+    export_adapter,
+)
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.hf.adapter import _modules, _tensors, export_adapter
-from meshgpt.layers import Execution
-from meshgpt.lora import LowRank
-from meshgpt.loss import NextToken
-from meshgpt.models import ModelConfig
-from meshgpt.optim import Adafactor, AdamW4bit, Muon, Optimizer
-from meshgpt.program import Program
-from meshgpt.trainable import Full, LastLayers, LoRA, Trainable
+from meshgpt.models import layers
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.layers import Execution
+from meshgpt.models.lora import LowRank
+from meshgpt.models.model import ModelConfig
+from meshgpt.models.trainable import (
+    Full,
+    LastLayers,
+    LoRA,
+    Trainable,
+)
+from meshgpt.objectives.loss import NextToken
+from meshgpt.optim.config import (
+    Adafactor,
+    AdamW4bit,
+    Muon,
+    Optimizer,
+)
+from meshgpt.training.program import Program
 from meshgpt.trees import Tree
 
 ALL = ("attn/*", "mlp/*")

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt.axes import spec
-from meshgpt.decoder import Head
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.loss import NextToken, cross_entropy, token_log_likelihoods
+from meshgpt.models.decoder import Head
+from meshgpt.objectives.loss import (
+    NextToken,
+    cross_entropy,
+    token_log_likelihoods,
+)
 
 B, T, D, VOCAB, PADDED = 4, 10, 8, 89, 96
 

@@ -14,11 +14,15 @@ import runs
 import safetensors.numpy
 from jax.sharding import PartitionSpec
 
-from meshgpt import bnb
-from meshgpt.axes import spec
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.low_bit import Place, Weight4, Weight8
-from meshgpt.tokenizer import load_tokenizer
+from meshgpt.data.tokenizer import load_tokenizer
+from meshgpt.distributed.mesh import spec
+from meshgpt.models import bitsandbytes
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.quantized import (
+    Place,
+    Weight4,
+    Weight8,
+)
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
 # As the parameters are: one axis of inputs and two of outputs, two and one, one and one.
@@ -39,8 +43,8 @@ def as_parameter(x_OI: np.ndarray, place: Place) -> np.ndarray:
     return x_OI.T.reshape(place.shape)
 
 
-def weight4(x_OI: np.ndarray, place: Place, kind: bnb.FourBit) -> Weight4:
-    packed, absmax = bnb.pack4(x_OI, kind)
+def weight4(x_OI: np.ndarray, place: Place, kind: bitsandbytes.FourBit) -> Weight4:
+    packed, absmax = bitsandbytes.pack4(x_OI, kind)
     block = place.block(64, jax.sharding.get_mesh())
     per_row = (*place.outer, x_OI.shape[1] // block)
     blocks = place.of_blocks()
@@ -56,19 +60,19 @@ def weight4(x_OI: np.ndarray, place: Place, kind: bnb.FourBit) -> Weight4:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_dense_is_bitsandbytes_numbers_on_every_mesh(name: str, mesh: tuple[int, int, int], on_mesh) -> None:
     place, x_OI = PLACES[name], rows(PLACES[name])
-    expected = bnb.unpack4(*bnb.pack4(x_OI, "nf4"), "nf4", 64).reshape(x_OI.shape)
+    expected = bitsandbytes.unpack4(*bitsandbytes.pack4(x_OI, "nf4"), "nf4", 64).reshape(x_OI.shape)
     with on_mesh(*mesh):
         found = jax.jit(lambda w: w.dense(jnp.dtype("float32")))(weight4(x_OI, place, "nf4"))
         assert jax.typeof(found).sharding.spec == place.spec
         np.testing.assert_array_equal(found, as_parameter(expected, place))
-        codes, largest = bnb.rows8(x_OI)
+        codes, largest = bitsandbytes.rows8(x_OI)
         eight = Weight8(
             codes_OI=jax.device_put(codes.reshape(*place.outer, -1), place.of_blocks()),
             largest_O=jax.device_put(largest.reshape(place.outer), place.of_rows()),
             place=place,
         )
         found = jax.jit(lambda w: w.dense(jnp.dtype("float32")))(eight)
-        np.testing.assert_allclose(found, as_parameter(bnb.unrows8(codes, largest), place), rtol=1e-6)
+        np.testing.assert_allclose(found, as_parameter(bitsandbytes.unrows8(codes, largest), place), rtol=1e-6)
 
 
 def test_values_are_rounded_once_to_the_compute_dtype(on_mesh) -> None:
@@ -107,13 +111,13 @@ def test_a_stack_is_dense_as_its_layers_are(on_mesh) -> None:
 @pytest.fixture(scope="module")
 def low(workshop: runs.Workshop) -> Path:
     """A small model in nf4, with the tokenizer of the workshop's store."""
-    from meshgpt import cli
+    from meshgpt.cli import main
 
     config = GPT2Config(vocab_size=runs.VOCAB, n_positions=32, n_layers=2, n_heads=4, d_model=64)
     plain, folder = workshop.folder / "plain", workshop.folder / "nf4"
     hf_peers.peer(config).save_pretrained(plain)
     load_tokenizer(workshop.store / "tokenizer").save(plain)
-    assert cli.main(["quantize", str(plain), "--format", "nf4", "--double-quant", "--out", str(folder)]) == 0
+    assert main.main(["quantize", str(plain), "--format", "nf4", "--double-quant", "--out", str(folder)]) == 0
     return folder
 
 
@@ -141,11 +145,11 @@ def test_export_dequantizes_it(here: runs.Here, low: Path, tmp_path: Path) -> No
     stored = safetensors.numpy.load_file(low / "model.safetensors")
     name = "transformer.h.1.mlp.c_proj.weight"
     state = json.loads(stored[f"{name}.quant_state.bitsandbytes__nf4"].tobytes())
-    nested = bnb.Nested(
+    nested = bitsandbytes.Nested(
         codes_K=stored[f"{name}.absmax"], absmax=stored[f"{name}.nested_absmax"], offset=state["nested_offset"]
     )
-    absmax = bnb.unnest(nested, bnb.nested_values(), 256)
-    dense = bnb.unpack4(stored[name].ravel(), absmax, "nf4", 64).reshape(state["shape"]).T
+    absmax = bitsandbytes.unnest(nested, bitsandbytes.nested_values(), 256)
+    dense = bitsandbytes.unpack4(stored[name].ravel(), absmax, "nf4", 64).reshape(state["shape"]).T
     np.testing.assert_array_equal(found[name], dense)
 
 
@@ -153,7 +157,9 @@ def test_adapters_are_trained_beside_it(here: runs.Here, workshop: runs.Workshop
     """QLoRA (Dettmers et al. 2023): the base stays in 4 bits, and what is exported is whole."""
     recipe = tmp_path / "qlora.py"
     text = workshop.recipe(tmp_path, "gpt2").read_text()
-    text = text.replace("from meshgpt.optim", "from meshgpt.trainable import LoRA\nfrom meshgpt.optim")
+    text = text.replace(
+        "from meshgpt.optim.config", "from meshgpt.models.trainable import LoRA\nfrom meshgpt.optim.config"
+    )
     text = text.replace(
         "steps=20,", f"steps=6, init={str(low)!r}, trainable=LoRA(rank=4, targets=('attn/*', 'mlp/*')),"
     )

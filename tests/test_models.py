@@ -12,12 +12,17 @@ import pytest
 import tiny
 
 from meshgpt import trees
-from meshgpt.axes import MeshShape
+from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.models import Model, ModelConfig, check_divisibility, parameter_shapes
-from meshgpt.precision import Precision
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import (
+    Model,
+    ModelConfig,
+    check_divisibility,
+    parameter_shapes,
+)
+from meshgpt.models.precision import Precision
 
 ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
 

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from meshgpt import trees
+from meshgpt.convert.hf_names import stored_tensors
 from meshgpt.errors import UserError
-from meshgpt.hf.names import stored_tensors
-from meshgpt.models import ModelConfig
-from meshgpt.optim import (
+from meshgpt.models.model import ModelConfig
+from meshgpt.optim.config import (
     AdamW,
     Constant,
     Cosine,

@@ -12,12 +12,25 @@ import tiny
 import torch
 from jax.sharding import PartitionSpec as P
 
-from meshgpt import quant, tree_io, trees
-from meshgpt.axes import spec
+from meshgpt import trees
+from meshgpt.checkpoint import orbax_io
+from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.formats import Blocked, Rank1
-from meshgpt.muon import orthogonal
-from meshgpt.optim import Adafactor, AdamW, AdamW4bit, AdamW8bit, Lion, Muon, Optimizer
+from meshgpt.optim import codecs
+from meshgpt.optim.config import (
+    Adafactor,
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+    Lion,
+    Muon,
+    Optimizer,
+)
+from meshgpt.optim.moments import (
+    Blocked,
+    Rank1,
+)
+from meshgpt.optim.muon import orthogonal
 
 # Rows of 640 and 96 columns: on a mesh of 8 their blocks of 256 and 128 begin and end within devices.
 SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
@@ -108,10 +121,10 @@ def reference(optim: AdamW8bit | AdamW4bit, name: str) -> list[np.ndarray]:
         t = step + 1
         updates.append((m / (1 - optim.b1**t)) / (np.sqrt(v / (1 - optim.b2**t)) + optim.eps))
         if isinstance(optim, AdamW8bit):
-            m = rounded_by_blocks(m, quant.DYNAMIC_8.values.astype(np.float64), 256)
-            v = rounded_by_blocks(v, quant.DYNAMIC_8_UNSIGNED.values.astype(np.float64), 256)
+            m = rounded_by_blocks(m, codecs.DYNAMIC_8.values.astype(np.float64), 256)
+            v = rounded_by_blocks(v, codecs.DYNAMIC_8_UNSIGNED.values.astype(np.float64), 256)
         else:
-            m = rounded_by_blocks(m, quant.DYNAMIC_4.values.astype(np.float64), 128)
+            m = rounded_by_blocks(m, codecs.DYNAMIC_4.values.astype(np.float64), 128)
             v = rounded_by_rank1(v)
     return updates
 
@@ -213,10 +226,10 @@ def test_a_state_saved_on_one_mesh_is_read_on_another(optim: Optimizer, tmp_path
             params, direction.init(params)
         )
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
-            saver.save(tmp_path / "0", args=ocp.args.Composite(**tree_io.save_args({"opt_state": state})))
+            saver.save(tmp_path / "0", args=ocp.args.Composite(**orbax_io.save_args({"opt_state": state})))
     with jax.set_mesh(tiny.mesh(2, 2, 2)):
         abstract = jax.eval_shape(direction.init, jax.eval_shape(lambda: placed(gradients(0))))
-        again = tree_io.restore(tmp_path / "0", {"opt_state": abstract})["opt_state"]
+        again = orbax_io.restore(tmp_path / "0", {"opt_state": abstract})["opt_state"]
         tiny.assert_same_bits(again, state)
         assert again[0].mu["up_DF"].codes.sharding.spec == P(None, "fsdp", "tensor")
 

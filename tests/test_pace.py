@@ -12,15 +12,22 @@ import pytest
 import runs
 from runs import Workshop
 
-from meshgpt import hosts, pace, pulse
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.pace import Pace
-from meshgpt.pulse import Pulse
+from meshgpt.distributed import (
+    heartbeat,
+    processes,
+    stragglers,
+)
+from meshgpt.distributed.heartbeat import Pulse
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.distributed.stragglers import Pace
 
 
 def test_what_a_process_does_alone_is_its_time_without_waiting(monkeypatch: pytest.MonkeyPatch):
     now = [50.0]
-    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     sign = Pulse({})
     sign.begin(0)
     for step in range(1, 6):
@@ -28,7 +35,7 @@ def test_what_a_process_does_alone_is_its_time_without_waiting(monkeypatch: pyte
         with sign.waiting():
             now[0] += 2.0
         sign.beat(step)
-        with sign.busy(pulse.SAVING):
+        with sign.busy(heartbeat.SAVING):
             now[0] += 7.0
     assert sign.step_seconds == pytest.approx(2.5)
     assert sign.own_seconds() == pytest.approx(0.5)
@@ -38,7 +45,7 @@ def test_what_a_process_does_alone_is_its_time_without_waiting(monkeypatch: pyte
 def test_the_slowest_is_in_the_metrics_and_told_once(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     told = {0: [0.01, "a"], 1: [0.3, "node-7"], 2: [0.02, "c"]}
-    monkeypatch.setattr(hosts, "told", lambda name, text: {n: json.dumps(value) for n, value in told.items()})
+    monkeypatch.setattr(processes, "told", lambda name, text: {n: json.dumps(value) for n, value in told.items()})
     sign = Pulse({})
     sign._spent, sign._timed = 1.0, 1  # a step takes a second
     watched = Pace(sign, said.append)
@@ -58,14 +65,14 @@ def test_the_slowest_is_in_the_metrics_and_told_once(monkeypatch: pytest.MonkeyP
     quiet.several = True
     assert quiet.metrics(1)["slowest_process"] == 1
     assert len(said) == 1
-    monkeypatch.setattr(hosts, "told", lambda name, text: {})
+    monkeypatch.setattr(processes, "told", lambda name, text: {})
     assert quiet.metrics(2) == {}  # not process 0
 
 
 def test_the_probe_runs_on_each_device_whatever_mesh_is_set():
     with jax.set_mesh(make_mesh(MeshShape(data=2, fsdp=4))):
-        assert 0 < pace._probe() < 5
-    assert len(pace._work()[1]) == 8
+        assert 0 < stragglers._probe() < 5
+    assert len(stragglers._work()[1]) == 8
 
 
 def test_process_0_hears_those_that_are_in_time(monkeypatch: pytest.MonkeyPatch):
@@ -77,11 +84,11 @@ def test_process_0_hears_those_that_are_in_time(monkeypatch: pytest.MonkeyPatch)
     everyone = threading.Barrier(3, timeout=10)
 
     def work(number: int) -> dict[int, str]:
-        found = hosts.told("a", f"I am {number}", seconds=10)
+        found = processes.told("a", f"I am {number}", seconds=10)
         if number == 1:
-            hosts.told("b", "here")
+            processes.told("b", "here")
         everyone.wait()
-        return found | (hosts.told("b", "here", seconds=0.01) if number == 0 else {})
+        return found | (processes.told("b", "here", seconds=0.01) if number == 0 else {})
 
     first, *others = pod.run(work)
     assert first == {0: "here", 1: "here", 2: "I am 2"}

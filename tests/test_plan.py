@@ -7,15 +7,31 @@ import re
 import fake_run
 import pytest
 
-from meshgpt import scaling
+from meshgpt.cli.plan import plan
 from meshgpt.errors import UserError
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.optim import AdamW, Constant
-from meshgpt.plan import plan
-from meshgpt.plan.budget import Budget, describe, rows
-from meshgpt.plan.fit import fitted, measured, predict
+from meshgpt.models import flops
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    Constant,
+)
+from meshgpt.planning.budget import (
+    Budget,
+    describe,
+    rows,
+)
+from meshgpt.planning.fit import (
+    fitted,
+    measured,
+    predict,
+)
+from meshgpt.planning.scaling_laws import (
+    BESIROGLU,
+    HOFFMANN,
+    KAPLAN,
+    Parametric,
+)
 from meshgpt.report.write import read_runs
-from meshgpt.scaling_laws import BESIROGLU, HOFFMANN, KAPLAN, Parametric
 
 TRUE = Parametric(name="true", E=1.5, A=60.0, B=80.0, alpha=0.3, beta=0.32)
 SIZES = ((2, 32), (2, 48), (3, 64), (4, 96), (4, 128))
@@ -53,9 +69,9 @@ def test_a_budget_of_hours_is_spent_on_the_whole_step():
     for row in rows(budget):
         assert row.hours == pytest.approx(8, rel=0.03)
         config = GPT2Config(n_layers=row.shape.n_layers, d_model=row.shape.d_model, n_heads=row.shape.n_heads)
-        from meshgpt.models import parameter_shapes
+        from meshgpt.models.model import parameter_shapes
 
-        exact = scaling.flops_per_token(parameter_shapes(config), config.vocab_size, 1024) * row.choice.tokens
+        exact = flops.flops_per_token(parameter_shapes(config), config.vocab_size, 1024) * row.choice.tokens
         assert exact / (8 * 312e12 * 0.4) / 3600 == pytest.approx(row.hours)
     assert re.search(r"cost\s+\$9[5-8]\.\d\d", describe(budget))
     assert "a guess: give --price" in describe(Budget(hours=8, hardware="8xA100"))

@@ -7,15 +7,26 @@ from pathlib import Path
 import jax
 import pytest
 
-from meshgpt import cli, footprint
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.config import Data, Run
+from meshgpt.cli import main
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
 from meshgpt.errors import UserError
-from meshgpt.layers import Execution
-from meshgpt.models import GPT2Config
-from meshgpt.optim import AdamW, AdamW4bit, AdamW8bit
-from meshgpt.plan import memory
-from meshgpt.program import Program
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import GPT2Config
+from meshgpt.optim.config import (
+    AdamW,
+    AdamW4bit,
+    AdamW8bit,
+)
+from meshgpt.planning import memory
+from meshgpt.training import memory as footprint
+from meshgpt.training.program import Program
 
 RECIPE = """
 from meshgpt.config import Data, Run
@@ -59,9 +70,9 @@ def test_the_verb_offers_what_was_compiled_and_fits(tmp_path: Path, capsys: pyte
     recipe = tmp_path / "small.py"
     recipe.write_text(RECIPE)
     flags = ["plan", "memory", str(recipe), "--mesh.data", "8"]
-    assert cli.main([*flags, "--device-memory", "1GiB"]) == 0
+    assert main.main([*flags, "--device-memory", "1GiB"]) == 0
     assert "it fits: " in capsys.readouterr().out
-    assert cli.main([*flags, "--device-memory", "60MiB", "--json", "--tries", "3"]) == 0
+    assert main.main([*flags, "--device-memory", "60MiB", "--json", "--tries", "3"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert not said["fits"]
     assert said["peak"] == said["memory"]["peak"] > 0.95 * 60 * 2**20
@@ -70,7 +81,7 @@ def test_the_verb_offers_what_was_compiled_and_fits(tmp_path: Path, capsys: pyte
         assert change["fits"] == (change["peak"] <= 0.95 * 60 * 2**20)
         assert change["peak"] < said["peak"]
     for flag, words in (("12", "give a size such as 12GiB"), ("..GiB", "give a size")):
-        assert cli.main([*flags, "--device-memory", flag]) == 2
+        assert main.main([*flags, "--device-memory", flag]) == 2
         assert words in capsys.readouterr().err
 
 

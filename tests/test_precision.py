@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt.axes import spec
-from meshgpt.precision import Precision
+from meshgpt.distributed.mesh import spec
+from meshgpt.models.precision import Precision
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])

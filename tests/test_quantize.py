@@ -16,14 +16,19 @@ import safetensors.torch
 import torch
 import transformers
 
-from meshgpt import cli, hf
-from meshgpt.axes import MeshShape, make_mesh, spec
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.hf.bnb_write import BnbForm
-from meshgpt.models import Model
-from meshgpt.precision import Precision
-from meshgpt.tokenizer import train_bpe
+from meshgpt import convert
+from meshgpt.cli import main
+from meshgpt.convert.bitsandbytes_write import BnbForm
+from meshgpt.data.tokenizer import train_bpe
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+    spec,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import Model
+from meshgpt.models.precision import Precision
 
 VOCAB = 320
 GPT2 = GPT2Config(vocab_size=VOCAB, n_positions=64, n_layers=2, n_heads=4, d_model=64, vocab_multiple=128)
@@ -45,14 +50,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quantized(source: Path, out: Path, *flags: str) -> Path:
-    assert cli.main(["quantize", str(source), "--out", str(out), "--dtype", "float32", *flags]) == 0
+    assert main.main(["quantize", str(source), "--out", str(out), "--dtype", "float32", *flags]) == 0
     return out
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> str:
     """Asserts that nothing was left at `out` or beside it; gives what was said."""
     capsys.readouterr()
-    assert cli.main(["quantize", *arguments, "--out", str(out)]) == 2
+    assert main.main(["quantize", *arguments, "--out", str(out)]) == 2
     assert not out.exists()
     assert not list(out.parent.glob(f".{out.name}*"))
     return capsys.readouterr().err
@@ -61,8 +66,8 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> s
 def our_logits(folder: Path, mesh: MeshShape, tokens_BT: np.ndarray = TOKENS_BT) -> np.ndarray:
     """The logits of what `hf.load` finds, in float32."""
     with jax.set_mesh(make_mesh(mesh)):
-        model = Model(config=hf.read_config(folder), precision=Precision(compute="float32"))
-        params = hf.load(folder, model.config, model.abstract_params())
+        model = Model(config=convert.read_config(folder), precision=Precision(compute="float32"))
+        params = convert.load(folder, model.config, model.abstract_params())
         found = _logits(model, params, jax.device_put(tokens_BT, spec("batch seq")))
         return np.asarray(found)[..., : model.config.vocab_size]
 
@@ -142,16 +147,16 @@ def test_other_peoples_folders_are_imported(kind: str, double: bool, sources: di
     expected = hf_peers.torch_logits(peer.dequantize(torch.float32), TOKENS_BT)
     tolerance = 5e-4 if kind == "nf4" else 5e-3
     np.testing.assert_allclose(our_logits(tmp_path / "peer", MESHES[1]), expected, atol=tolerance)
-    assert cli.main(["import", str(tmp_path / "peer"), "--out", str(tmp_path / "ours")]) == 0
-    assert cli.main(["generate", str(tmp_path / "ours"), "--max-new-tokens", "2"]) == 0
-    assert cli.main(["generate", str(tmp_path / "peer"), "--max-new-tokens", "2"]) == 0
+    assert main.main(["import", str(tmp_path / "peer"), "--out", str(tmp_path / "ours")]) == 0
+    assert main.main(["generate", str(tmp_path / "ours"), "--max-new-tokens", "2"]) == 0
+    assert main.main(["generate", str(tmp_path / "peer"), "--max-new-tokens", "2"]) == 0
 
 
 def test_bits_are_kept_on_the_mesh(sources: dict[str, Path], tmp_path: Path) -> None:
     out = quantized(sources["gpt2"], tmp_path / "out", "--format", "nf4")
     with jax.set_mesh(make_mesh(MESHES[2])):
-        model = Model(config=hf.read_config(out))
-        params = hf.load(out, model.config, model.abstract_params())
+        model = Model(config=convert.read_config(out))
+        params = convert.load(out, model.config, model.abstract_params())
         weight = params["blocks"]["attn"]["o_NHD"]
         assert weight.packed_OKg.dtype == np.uint8
         assert weight.packed_OKg.nbytes == 2 * 64 * 64 // 2
@@ -160,10 +165,10 @@ def test_bits_are_kept_on_the_mesh(sources: dict[str, Path], tmp_path: Path) -> 
 
 def test_large_models_are_cut_into_files(sources: dict[str, Path], tmp_path: Path) -> None:
     form = BnbForm(kind="nf4", shard_bytes=60_000)
-    opened = hf.open_source(str(sources["gptj"]))
+    opened = convert.open_source(str(sources["gptj"]))
     tokenizer = train_bpe([TEXT], VOCAB)
-    hf.quantize(
-        hf.contents_of(opened.tensors, opened.config), opened.config, tokenizer, form, tmp_path / "out",
+    convert.quantize(
+        convert.contents_of(opened.tensors, opened.config), opened.config, tokenizer, form, tmp_path / "out",
         lambda folder: None, lambda done, total: None,
     )  # fmt: skip
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -192,7 +197,7 @@ def test_cost_in_quality_is_told_and_kept(
 
 
 def test_a_run_is_measured_on_its_own_text(finished_gpt2: Path, tmp_path: Path) -> None:
-    assert cli.main(["quantize", str(finished_gpt2), "--format", "int8", "--out", str(tmp_path / "out")]) == 0
+    assert main.main(["quantize", str(finished_gpt2), "--format", "int8", "--out", str(tmp_path / "out")]) == 0
     assert "token perplexity, held-out text" in (tmp_path / "out" / "README.md").read_text()
     plain, low = our_logits(finished_gpt2 / "export", MESHES[0]), our_logits(tmp_path / "out", MESHES[0])
     assert spread_error(low, plain) < 0.1
@@ -207,7 +212,7 @@ def test_refusals(sources: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     done = quantized(sources["gpt2"], tmp_path / "done", "--format", "fp4")
     assert "quantized already" in say(str(done), "--format", "nf4")
     capsys.readouterr()
-    assert cli.main(["quantize", gpt2, "--format", "nf4", "--out", str(done)]) == 2
+    assert main.main(["quantize", gpt2, "--format", "nf4", "--out", str(done)]) == 2
     assert "holds a model already" in capsys.readouterr().err
     assert "no file" in say(gpt2, "--format", "nf4", "--eval-text", str(tmp_path / "none.txt"))
 
@@ -256,7 +261,7 @@ def test_values_that_are_not_finite_are_named(
 def test_broken_folders_are_refused(change, words: str, sources: dict[str, Path], tmp_path: Path, capsys) -> None:
     out = quantized(sources["gpt2"], tmp_path / "out", "--format", "nf4")
     hf_peers.rewrite(out, change)
-    assert cli.main(["generate", str(out)]) == 2
+    assert main.main(["generate", str(out)]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert "quantize the model again" in said
@@ -266,7 +271,7 @@ def test_other_quantizers_are_named(sources: dict[str, Path], tmp_path: Path, ca
     out = quantized(sources["gpt2"], tmp_path / "out", "--format", "nf4")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert cli.main(["generate", str(out)]) == 2
+    assert main.main(["generate", str(out)]) == 2
     assert "gptq's; supported: bitsandbytes" in capsys.readouterr().err
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from meshgpt import aot, recipe, topologies
+from meshgpt import recipe
 from meshgpt.errors import UserError
-from meshgpt.optim import learning_rate
-from meshgpt.precision import Precision
+from meshgpt.hardware import topologies
+from meshgpt.models.precision import Precision
+from meshgpt.optim.config import learning_rate
+from meshgpt.planning import aot
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LIMIT = 12 << 30

@@ -16,10 +16,17 @@ from jax.sharding import PartitionSpec
 from runs import Here, Workshop
 
 from meshgpt import train
-from meshgpt.axes import spec
-from meshgpt.errors import MachineError, exit_code
-from meshgpt.feed import fetch
-from meshgpt.replicas import ReplicaCheck, digests, digests_every
+from meshgpt.distributed.batch import fetch
+from meshgpt.distributed.mesh import spec
+from meshgpt.distributed.replicas import (
+    ReplicaCheck,
+    digests,
+    digests_every,
+)
+from meshgpt.errors import (
+    MachineError,
+    exit_code,
+)
 
 OnMesh = Callable[..., AbstractContextManager]
 

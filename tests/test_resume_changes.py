@@ -14,11 +14,16 @@ import runs
 import tiny
 from test_optim_states import SHAPES, gradients, matrix, placed, rounded_by_blocks, rounded_by_rank1
 
-from meshgpt import quant, trees
-from meshgpt.adam import AdamState
+from meshgpt import trees
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.mixture import Schedule, Source, Stage
-from meshgpt.optim import (
+from meshgpt.data.mixture import (
+    Schedule,
+    Source,
+    Stage,
+)
+from meshgpt.optim import codecs
+from meshgpt.optim.adam import AdamState
+from meshgpt.optim.config import (
     Adafactor,
     AdamW,
     AdamW4bit,
@@ -31,8 +36,13 @@ from meshgpt.optim import (
     Piecewise,
     learning_rate,
 )
-from meshgpt.run_folder import RunFolder
-from meshgpt.switch import carried, decoded, formats, same_state
+from meshgpt.optim.convert_state import (
+    carried,
+    decoded,
+    formats,
+    same_state,
+)
+from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree
 
 MATRICES = ("wte_VD", "q_DNH", "o_NHD", "up_DF")
@@ -82,10 +92,10 @@ def test_moments_go_round_through_every_format() -> None:
                 for name in MATRICES:
                     expected = matrix(name, then[name])
                     if isinstance(new, AdamW8bit):
-                        codec = quant.DYNAMIC_8_UNSIGNED if second else quant.DYNAMIC_8
+                        codec = codecs.DYNAMIC_8_UNSIGNED if second else codecs.DYNAMIC_8
                         expected = rounded_by_blocks(expected, codec.values, 256)
                     elif isinstance(new, AdamW4bit):
-                        four = rounded_by_blocks(expected, quant.DYNAMIC_4.values, 128)
+                        four = rounded_by_blocks(expected, codecs.DYNAMIC_4.values, 128)
                         expected = rounded_by_rank1(expected) if second else four
                     elif not second:
                         expected = np.asarray(jnp.asarray(expected, jnp.bfloat16).astype(jnp.float32))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from meshgpt.layers import Product
-from meshgpt.rows_of_outputs import RowsOfOutputs
+from meshgpt.inference.cpu_layout import RowsOfOutputs
+from meshgpt.models.layers import Product
 
 
 @pytest.mark.parametrize(

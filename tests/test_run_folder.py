@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-from meshgpt.config import Data, Run
+from meshgpt.config import (
+    Data,
+    Run,
+)
 from meshgpt.errors import UserError
-from meshgpt.optim import AdamW
-from meshgpt.run_folder import RunFolder
+from meshgpt.optim.config import AdamW
+from meshgpt.training.run_folder import RunFolder
 
 RUN = Run(model=tiny.GPTJ, data=Data(store="a store"), steps=10, global_batch=8)
 
@@ -111,7 +114,7 @@ def test_a_kill_while_setting_aside_loses_nothing(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("meshgpt.run_folder.os.replace", killed)
+        patched.setattr("meshgpt.training.run_folder.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             claim(folder, dataclasses.replace(RUN, resume="never"))
     claim(folder, dataclasses.replace(RUN, resume="never"))

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from meshgpt.errors import UserError
-from meshgpt.sampling import Knobs, Sampling, draw, filtered
+from meshgpt.inference.sampling import (
+    Knobs,
+    Sampling,
+    draw,
+    filtered,
+)
 
 filtered_jit, draw_jit = jax.jit(filtered), jax.jit(draw)
 

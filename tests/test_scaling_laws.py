@@ -9,11 +9,14 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.optimize._numdiff import approx_derivative
 
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.models import parameter_shapes
-from meshgpt.scaling import count_parameters, flops_per_token
-from meshgpt.scaling_laws import (
+from meshgpt.models.flops import (
+    count_parameters,
+    flops_per_token,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.model import parameter_shapes
+from meshgpt.planning.scaling_laws import (
     BESIROGLU,
     HOFFMANN,
     KAPLAN,

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt import recipe, train
+from meshgpt import (
+    recipe,
+    train,
+)
 from meshgpt.errors import UserError
-from meshgpt.models import GPT2Config, GPTJConfig
-from meshgpt.optim import Piecewise
+from meshgpt.models.model import (
+    GPT2Config,
+    GPTJConfig,
+)
+from meshgpt.optim.config import Piecewise
 from meshgpt.smoke import STEPS
-from meshgpt.tracker import read_json_lines
+from meshgpt.training.trackers import read_json_lines
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TRAINED = ("mosaic_gpt2_52m", "mosaic_gpt2_83m", "mosaic_gpt2_125m", "gptj_6b")

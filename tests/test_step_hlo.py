@@ -7,13 +7,23 @@ import re
 import jax
 import pytest
 
-from meshgpt import aot, topologies
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.config import Data, Run
-from meshgpt.footprint import shard_bytes
-from meshgpt.loss import NextToken
-from meshgpt.models import GPT2Config, GPTJConfig
-from meshgpt.program import Program
+from meshgpt.config import (
+    Data,
+    Run,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.hardware import topologies
+from meshgpt.models.model import (
+    GPT2Config,
+    GPTJConfig,
+)
+from meshgpt.objectives.loss import NextToken
+from meshgpt.planning import aot
+from meshgpt.training.memory import shard_bytes
+from meshgpt.training.program import Program
 
 ROWS, LENGTH, WIDTH = 6, 256, 256
 RUN = Run(

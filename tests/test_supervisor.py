@@ -15,10 +15,30 @@ from types import SimpleNamespace
 import pytest
 from runs import ROOT, Workshop
 
-from meshgpt import cli, launch, pulse, supervisor
+from meshgpt.cli import (
+    launch,
+    main,
+)
+from meshgpt.distributed import (
+    heartbeat,
+    supervisor,
+)
+from meshgpt.distributed.heartbeat import (
+    SAVING,
+    STARTING,
+    STEPPING,
+    Life,
+    Listener,
+    Sign,
+    Silence,
+    useful_seconds,
+)
+from meshgpt.distributed.supervisor import (
+    Layout,
+    Patience,
+    Supervisor,
+)
 from meshgpt.errors import UserError
-from meshgpt.pulse import SAVING, STARTING, STEPPING, Life, Listener, Sign, Silence, useful_seconds
-from meshgpt.supervisor import Layout, Patience, Supervisor
 
 # A trainer of 10 steps of 20 ms that saves after each; `fault` is the body of a function of its number, life and step.
 TRAINER = """
@@ -217,24 +237,24 @@ def test_time_is_useful_once(lives: list[Life], seconds: float):
 
 def test_a_step_is_timed_without_its_compilation_saves_and_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
-    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     path = tmp_path / "pulse"
     earlier = Life(first=0, last=5, step_seconds=4.0)
-    sign = pulse.Pulse(pulse.orders(path, time.time() - 100, [earlier]))
-    assert pulse.read(path) is None
+    sign = heartbeat.Pulse(heartbeat.orders(path, time.time() - 100, [earlier]))
+    assert heartbeat.read(path) is None
     sign.begin(3)
     for step, seconds in ((4, 60.0), (5, 2.0), (6, 2.0)):
         now[0] += seconds
         sign.beat(step)
         with sign.busy(SAVING):
-            assert pulse.read(path).doing == SAVING
+            assert heartbeat.read(path).doing == SAVING
             now[0] += 30
-    read = pulse.read(path)
+    read = heartbeat.read(path)
     assert (read.first, read.last, read.step_seconds, read.doing) == (3, 6, 2.0, STEPPING)
     figures = sign.metrics()
     assert figures["restarts"] == 1
     assert figures["goodput"] == pytest.approx((3 * 4 + 3 * 2) / 100, abs=0.01)
-    unwatched = pulse.Pulse({})
+    unwatched = heartbeat.Pulse({})
     unwatched.begin(0)
     unwatched.beat(1)
     assert unwatched.metrics() == {}
@@ -288,7 +308,7 @@ def test_mistakes_are_told_before_anything_starts(
 ):
     recipe = workshop.recipe(tmp_path)
     run = tmp_path / "run"
-    assert cli.main(["launch", *flags, str(recipe), "--mesh.data", "2", "--run-dir", str(run)]) == 2
+    assert main.main(["launch", *flags, str(recipe), "--mesh.data", "2", "--run-dir", str(run)]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not run.exists()
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import runs
 
-from meshgpt import cli
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.tokenizer import load_tokenizer, train_bpe
+from meshgpt.cli import main
+from meshgpt.data.tokenizer import (
+    load_tokenizer,
+    train_bpe,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
 
-RECIPE = """from meshgpt.checkpoint import Checkpointing
+RECIPE = """from meshgpt.checkpoint.manager import Checkpointing
 from meshgpt.config import Data, Run, Samples
 from meshgpt.distill import Distill
 from meshgpt.models import GPT2Config
@@ -182,11 +185,14 @@ def test_refusals(here: runs.Here, workshop: runs.Workshop, teacher: Path, tmp_p
 
 
 def test_the_published_recipe_is_traced_without_weights(tmp_path: Path) -> None:
-    from meshgpt.axes import MeshShape, make_mesh
-    from meshgpt.program import Program
+    from meshgpt.distributed.mesh import (
+        MeshShape,
+        make_mesh,
+    )
     from meshgpt.recipe import load
+    from meshgpt.training.program import Program
 
-    run = load(Path(cli.__file__).parent.parent / "configs" / "distilgpt2.py")
+    run = load(Path(main.__file__).parent.parent / "configs" / "distilgpt2.py")
     with jax.set_mesh(make_mesh(MeshShape(data=8))):
         program = Program(run=run)
         lowered = program.lower()

@@ -11,8 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshgpt.data.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+    train_sentencepiece,
+)
 from meshgpt.errors import UserError
-from meshgpt.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted((STDLIB / "asyncio").glob("*.py"))]
@@ -101,7 +107,7 @@ def test_vocab_and_merges_are_the_same_tokenizer(bpe: Tokenizer, tmp_path: Path)
 def test_training_does_not_depend_on_threads(kind: str, tokenizer: Tokenizer, request: pytest.FixtureRequest):
     code = (
         "import sys\nfrom pathlib import Path\n"
-        f"from meshgpt.tokenizer import train_{kind} as train\n"
+        f"from meshgpt.data.tokenizer import train_{kind} as train\n"
         "texts = [p.read_text(encoding='utf-8') for p in sorted(Path(sys.argv[1]).glob('*.py'))]\n"
         "print(train(texts, 1000).fingerprint)"
     )

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from meshgpt.tracker import Console, JsonLines, Several, amount, duration, progress_bar, read_json_lines
+from meshgpt.training.trackers import (
+    Console,
+    JsonLines,
+    Several,
+    amount,
+    duration,
+    progress_bar,
+    read_json_lines,
+)
 
 METRICS = {"tokens": 4096, "loss": 3.25, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens_per_second": 12_345.0}
 
@@ -106,7 +114,7 @@ def test_a_file_cut_anywhere_resumes_without_a_step_twice(tmp_path_factory, cut,
 def test_a_killed_writer_leaves_whole_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, signal, sys; from pathlib import Path; from meshgpt.tracker import JsonLines\n"
+        "import os, signal, sys; from pathlib import Path; from meshgpt.training.trackers import JsonLines\n"
         "tracker = JsonLines(Path(sys.argv[1]))\n"
         "for step in range(1, 51): tracker.log(step, {'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

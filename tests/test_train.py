@@ -18,8 +18,11 @@ import runs
 from runs import Here, Workshop, assert_same_end, copied, drop_checkpoint, last_step, make_store, saved_params, wait_for
 
 from meshgpt import train
-from meshgpt.config import Run, to_json
-from meshgpt.run_folder import RunFolder
+from meshgpt.config import (
+    Run,
+    to_json,
+)
+from meshgpt.training.run_folder import RunFolder
 
 KEYS = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
 FLAGS = (

@@ -13,15 +13,23 @@ import torch
 import transformers
 
 from meshgpt import trees
-from meshgpt.checkpoint import read_metadata
-from meshgpt.config import Data, Run
+from meshgpt.checkpoint.manager import read_metadata
+from meshgpt.config import (
+    Data,
+    Run,
+)
 from meshgpt.errors import UserError
-from meshgpt.imported import adopt
-from meshgpt.layers import Execution
-from meshgpt.models import ModelConfig
-from meshgpt.program import Program
-from meshgpt.run_folder import RunFolder
-from meshgpt.trainable import Full, LastLayers, LoRA, Trainable
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import ModelConfig
+from meshgpt.models.trainable import (
+    Full,
+    LastLayers,
+    LoRA,
+    Trainable,
+)
+from meshgpt.training.pretrained import adopt
+from meshgpt.training.program import Program
+from meshgpt.training.run_folder import RunFolder
 
 RECIPE = """import dataclasses
 from pathlib import Path

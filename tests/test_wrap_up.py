@@ -7,27 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt import wrap_up
 from meshgpt.config import Samples
+from meshgpt.data.tokenizer import load_tokenizer
 from meshgpt.errors import UserError
-from meshgpt.run_folder import RunFolder
-from meshgpt.tokenizer import load_tokenizer
+from meshgpt.training import finish
+from meshgpt.training.run_folder import RunFolder
 
 
 def test_samples_are_refused_before_the_training(finished: Path):
     folder = RunFolder(finished)
     run, tokenizer = folder.read_run(), load_tokenizer(folder.tokenizer)
-    wrap_up.check_samples(run, tokenizer)
-    wrap_up.check_samples(dataclasses.replace(run, samples=Samples(prompts=())), tokenizer)
+    finish.check_samples(run, tokenizer)
+    finish.check_samples(dataclasses.replace(run, samples=Samples(prompts=())), tokenizer)
     with pytest.raises(UserError, match=r"'xxxx.*of --samples\.prompts has .* context is 32.*at most 31"):
-        wrap_up.check_samples(dataclasses.replace(run, samples=Samples(prompts=("", "x" * 99))), tokenizer)
+        finish.check_samples(dataclasses.replace(run, samples=Samples(prompts=("", "x" * 99))), tokenizer)
     with pytest.raises(UserError, match="top_p"):
-        wrap_up.check_samples(dataclasses.replace(run, samples=Samples(top_p=2.0)), tokenizer)
+        finish.check_samples(dataclasses.replace(run, samples=Samples(top_p=2.0)), tokenizer)
 
 
 def test_the_summary_names_what_is_there_and_nothing_else(finished: Path, tmp_path: Path):
     run = RunFolder(finished).read_run()
-    said = wrap_up.summary(run, RunFolder(finished))
+    said = finish.summary(run, RunFolder(finished))
     assert said.startswith("finished: 20 steps, 5,120 tokens, validation loss ")
     assert "bits per byte (gzip -9 needs " in said
     assert f"meshgpt generate {finished}" in said
@@ -36,7 +36,7 @@ def test_the_summary_names_what_is_there_and_nothing_else(finished: Path, tmp_pa
     bare = RunFolder(tmp_path)
     shutil.copyfile(finished / "run.json", bare.record)
     bare.metrics.write_text(json.dumps({"step": 20, "loss": 3.0}) + "\n")
-    said = wrap_up.summary(dataclasses.replace(run, export="none", samples=Samples(prompts=())), bare)
+    said = finish.summary(dataclasses.replace(run, export="none", samples=Samples(prompts=())), bare)
     assert "validation" not in said
     assert "samples" not in said
     assert "Hugging Face" not in said

@@ -10,13 +10,24 @@ import torch
 import transformers
 
 from meshgpt import trees
-from meshgpt.axes import MeshShape, make_mesh, spec
-from meshgpt.gpt2 import GPT2Config
-from meshgpt.gptj import GPTJConfig
-from meshgpt.hf.names import by_path, stored_tensors, to_stored
-from meshgpt.layers import Execution
-from meshgpt.models import Model, ModelConfig
-from meshgpt.precision import Precision
+from meshgpt.convert.hf_names import (
+    by_path,
+    stored_tensors,
+    to_stored,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+    spec,
+)
+from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import (
+    Model,
+    ModelConfig,
+)
+from meshgpt.models.precision import Precision
 
 VOCAB = 97
 GPT2 = GPT2Config(vocab_size=VOCAB, n_positions=16, n_layers=2, n_heads=8, d_model=16, vocab_multiple=32)

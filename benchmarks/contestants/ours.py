@@ -12,21 +12,34 @@ def main(folder: Path) -> None:
     import jax
     import numpy as np
 
-    from meshgpt import hf, runtime
-    from meshgpt.axes import MeshShape, make_mesh, spec
-    from meshgpt.config import Data, Run
-    from meshgpt.layers import Execution
-    from meshgpt.optim import AdamW, Constant
-    from meshgpt.precision import Precision
-    from meshgpt.program import Program
-    from meshgpt.step import from_params
+    from meshgpt import (
+        convert,
+        runtime,
+    )
+    from meshgpt.config import (
+        Data,
+        Run,
+    )
+    from meshgpt.distributed.mesh import (
+        MeshShape,
+        make_mesh,
+        spec,
+    )
+    from meshgpt.models.layers import Execution
+    from meshgpt.models.precision import Precision
+    from meshgpt.optim.config import (
+        AdamW,
+        Constant,
+    )
+    from meshgpt.training.program import Program
+    from meshgpt.training.step import from_params
 
     runtime.take_turns()
     runtime.keep_freed_memory()
     told = protocol.spec(folder)
     adamw = {name: told[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     run = Run(
-        model=hf.read_config(folder),
+        model=convert.read_config(folder),
         data=Data(),
         steps=1 << 30,
         global_batch=told["rows"],
@@ -37,7 +50,7 @@ def main(folder: Path) -> None:
     )
     with jax.set_mesh(make_mesh(MeshShape(data=1), jax.devices()[:1])):
         program = Program(run=run)
-        params = hf.load(folder, run.model, program.model.abstract_params())
+        params = convert.load(folder, run.model, program.model.abstract_params())
         state = jax.jit(lambda params: from_params(params, run.optim, run.precision))(params)
         del params
         rows = np.load(folder / "tokens.npy", allow_pickle=False).astype(np.int32)

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from meshgpt import digests
 from meshgpt.chaos.disk import Disk
-from meshgpt.checkpoint import completed_steps
-from meshgpt.pulse import STEPPING
-from meshgpt.supervisor import Scene
+from meshgpt.checkpoint import manifest
+from meshgpt.checkpoint.manager import completed_steps
+from meshgpt.distributed.heartbeat import STEPPING
+from meshgpt.distributed.supervisor import Scene
 
 _SLOW_SECONDS = 5.0
 _USUAL_START = 4.0  # seconds, until a start was timed
@@ -128,7 +128,7 @@ class Injector:
         try:
             paths = {path.name: path for path in self._checkpoints.iterdir()}
             return any(
-                (".orbax-checkpoint-tmp" in name or (name.isdigit() and f"{name}{digests.SUFFIX}" not in paths))
+                (".orbax-checkpoint-tmp" in name or (name.isdigit() and f"{name}{manifest.SUFFIX}" not in paths))
                 and path.stat().st_mtime > self._life.wall_clock
                 for name, path in paths.items()
             )
@@ -180,7 +180,7 @@ def flip(checkpoints: Path, rng: random.Random) -> str:
 
 def _intact(step: Path) -> bool:
     try:
-        digests.verify(step)
-    except digests.DamagedError:
+        manifest.verify(step)
+    except manifest.DamagedError:
         return False
     return True

@@ -7,12 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from meshgpt.axes import MeshShape, make_mesh
-from meshgpt.checkpoint import restore_items
-from meshgpt.data_commands import open_run
-from meshgpt.program import Program
-from meshgpt.run_folder import RunFolder
-from meshgpt.tracker import read_json_lines
+from meshgpt.checkpoint.manager import restore_items
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.training.data import open_run
+from meshgpt.training.program import Program
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.trackers import read_json_lines
 from meshgpt.trees import leaves_with_names
 
 

@@ -18,9 +18,15 @@ from typing import Any
 import numpy as np
 
 from meshgpt.data.files import file_sha256
-from meshgpt.data.worker import DOCUMENT, SPLITS
+from meshgpt.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+)
+from meshgpt.data.worker import (
+    DOCUMENT,
+    SPLITS,
+)
 from meshgpt.errors import UserError
-from meshgpt.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "index.json"
 _OPEN_FILES = 256  # mapped at a time: each holds a file descriptor, and a corpus has thousands of shards

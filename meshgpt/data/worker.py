@@ -22,10 +22,18 @@ from typing import IO
 import numpy as np
 
 import meshgpt
-from meshgpt.data.documents import Block, Document, Rules, documents
+from meshgpt.data.documents import (
+    Block,
+    Document,
+    Rules,
+    documents,
+)
 from meshgpt.data.sources import ReadBlock
+from meshgpt.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+)
 from meshgpt.errors import UserError
-from meshgpt.tokenizer import Tokenizer, load_tokenizer
 
 # One row a document. end: tokens of the split up to and including this document; bytes: of its text as UTF-8;
 # file and record: where it came from; digest: 128 bits, equal for exact duplicates.

@@ -13,10 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import Request, pair_requests
-from meshgpt.evals.scoring import Progress, Scorer
-from meshgpt.tokenizer import Tokenizer
+from meshgpt.evals.requests import (
+    Request,
+    pair_requests,
+)
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.lm import Answers, harness_lm
+from meshgpt.evals.lm import (
+    Answers,
+    harness_lm,
+)
 from meshgpt.evals.results import Results
-from meshgpt.evals.scoring import Progress, Scorer
-from meshgpt.tokenizer import Tokenizer
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -4,12 +4,18 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import pair_requests, windows
-from meshgpt.evals.scoring import Progress, Scorer
-from meshgpt.generate import Generator
-from meshgpt.sampling import Sampling
-from meshgpt.tokenizer import Tokenizer
+from meshgpt.evals.requests import (
+    pair_requests,
+    windows,
+)
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
+from meshgpt.inference.generate import Generator
+from meshgpt.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

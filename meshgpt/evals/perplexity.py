@@ -18,9 +18,12 @@ import math
 import re
 from collections.abc import Sequence
 
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.evals.requests import windows
-from meshgpt.evals.scoring import Progress, Scorer
-from meshgpt.tokenizer import Tokenizer
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ Both are cut as the lm-evaluation-harness cuts them (lm_eval 0.4.13: `TemplateLM
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

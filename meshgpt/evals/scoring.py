@@ -14,13 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from meshgpt.axes import batch_shards, spec
+from meshgpt.distributed.batch import (
+    Feed,
+    fetch,
+)
+from meshgpt.distributed.mesh import (
+    batch_shards,
+    spec,
+)
 from meshgpt.errors import UserError
 from meshgpt.evals.requests import Request
-from meshgpt.feed import Feed, fetch
-from meshgpt.layers import Execution
-from meshgpt.loss import token_log_likelihoods
-from meshgpt.models import Model, ModelConfig
+from meshgpt.models.layers import Execution
+from meshgpt.models.model import (
+    Model,
+    ModelConfig,
+)
+from meshgpt.objectives.loss import token_log_likelihoods
 from meshgpt.trees import Tree
 
 # report(label, done, total): how far something is.

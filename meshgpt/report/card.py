@@ -7,17 +7,40 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from meshgpt import scaling
-from meshgpt.models import GPTJConfig, ModelConfig, parameter_shapes
-from meshgpt.optim import Piecewise
-from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
+from meshgpt.models import flops
+from meshgpt.models.model import (
+    GPTJConfig,
+    ModelConfig,
+    parameter_shapes,
+)
+from meshgpt.models.trainable import Full
+from meshgpt.optim.config import Piecewise
+from meshgpt.report.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Figure,
+    Heading,
+    Table,
+    Text,
+    clean,
+)
 from meshgpt.report.distillation import distillation
-from meshgpt.report.energy import Assumptions, Energy, energy
+from meshgpt.report.energy import (
+    Assumptions,
+    Energy,
+    energy,
+)
 from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
-from meshgpt.report.tables import by_iteration, references
-from meshgpt.tracker import amount, duration
-from meshgpt.trainable import Full
+from meshgpt.report.tables import (
+    by_iteration,
+    references,
+)
+from meshgpt.training.trackers import (
+    amount,
+    duration,
+)
 
 TO_FILL = "(to fill in)"
 
@@ -105,7 +128,7 @@ def _hyperparameters(facts: Facts) -> list[tuple[str, str]]:
 
 def _counting(model: ModelConfig) -> str:
     """How the number of parameters is counted, where a published one differs."""
-    lines = scaling.explain_parameters(parameter_shapes(model), model.vocab_size).splitlines()
+    lines = flops.explain_parameters(parameter_shapes(model), model.vocab_size).splitlines()
     published = [line for line in lines if "is published with" in line]
     return published[0] if published else "Every trained number is counted once; padding of the vocabulary is not."
 

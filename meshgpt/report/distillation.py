@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 
-from meshgpt.report.blocks import Block, Heading, Table
+from meshgpt.report.blocks import (
+    Block,
+    Heading,
+    Table,
+)
 from meshgpt.report.facts import Facts
-
-FILE = "distillation.json"
-"""In a run's folder: `teacher`, `teacher_val_loss`, `student_start_val_loss` (nats a token, of the held-out text), and
-`teacher_evals`, `student_start_evals`: the figures of `Run.evals`' files and tasks, by the names of metrics.jsonl."""
+from meshgpt.training.run_folder import RunFolder
 
 
 def distillation(facts: Facts) -> list[Block]:
     """The table, or nothing for a run without a teacher."""
-    path = facts.folder / FILE
+    path = RunFolder(facts.folder).distillation
     now = facts.last("val_loss")
     if not path.is_file() or now is None:
         return []

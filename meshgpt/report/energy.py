@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from meshgpt import hardware
 from meshgpt.errors import UserError
+from meshgpt.hardware import power
 
 WORLD_GRID = 0.480
 WORLD_GRID_SOURCE = "world average of 2023, Ember, Global Electricity Review 2024"
@@ -63,5 +63,5 @@ def energy(device_hours: Mapping[str, float], assumed: Assumptions) -> Energy:
 def _power(kind: str, assumed: Assumptions) -> tuple[float | None, str]:
     if assumed.watts is not None:
         return assumed.watts, "given with --energy.watts"
-    device = hardware.by_kind(kind)
+    device = power.by_kind(kind)
     return (device.watts, device.source) if device and device.watts is not None else (None, "")

@@ -13,19 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from meshgpt import scaling
 from meshgpt.config import Run
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule
-from meshgpt.data.records import Packed, Sequences
+from meshgpt.data.records import (
+    Packed,
+    Sequences,
+)
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
-from meshgpt.models import parameter_shapes
-from meshgpt.program import flops_per_token
-from meshgpt.report.evals import Result, read_evals
-from meshgpt.run_folder import RunFolder
-from meshgpt.sessions import read_sessions
-from meshgpt.tracker import read_json_lines
+from meshgpt.models import flops as scaling
+from meshgpt.models.model import parameter_shapes
+from meshgpt.report.evals import (
+    Result,
+    read_evals,
+)
+from meshgpt.training.program import flops_per_token
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.sessions import read_sessions
+from meshgpt.training.trackers import read_json_lines
 
 _MOST_SOURCES = 12
 

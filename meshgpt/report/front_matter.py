@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from meshgpt.models import GPTJConfig
+from meshgpt.models.model import GPTJConfig
 from meshgpt.report.blocks import clean
-from meshgpt.report.card import CardOptions, perplexity
+from meshgpt.report.card import (
+    CardOptions,
+    perplexity,
+)
 from meshgpt.report.energy import energy
 from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts

@@ -10,7 +10,7 @@ import numpy as np
 
 from meshgpt.report.evals import Result
 from meshgpt.report.facts import Facts
-from meshgpt.report.plots import smooth
+from meshgpt.training.loss_curve import smooth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,204 @@
+"""The verb `meshgpt eval`."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from meshgpt import runtime
+from meshgpt.config import differences
+from meshgpt.distributed import processes
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.errors import (
+    UserError,
+    exit_code,
+)
+from meshgpt.evals import (
+    choices,
+    files,
+    harness,
+    perplexity,
+    results,
+)
+from meshgpt.evals.results import Results
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
+from meshgpt.models.precision import Precision
+from meshgpt.training.load import (
+    Trained,
+    open_trained,
+)
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.trackers import progress_bar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a trained model is worth: tasks of the lm-evaluation-harness, multiple-choice files, perplexity of texts.
+
+    For example: meshgpt eval runs/a --tasks hellaswag,piqa,lambada_openai
+                 meshgpt eval runs/a --perplexity held_out.jsonl --stride 256
+                 meshgpt eval runs/a/export --choices hellaswag_val.jsonl --limit 500 --out figures.json
+
+    Of a run, the results go to evals/<step>.json in its folder, where `meshgpt report` finds them. docs/evaluation.md
+    says what each figure is, and how tasks run without a network.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, an imported one, or a Hugging Face folder."""
+    tasks: str = ""
+    """Tasks, groups or tags of the harness, separated by commas; `*` and `?` make patterns, such as mmlu_*."""
+    tasks_path: Path | None = None
+    """A folder with tasks of your own (.yaml), which go before the harness's of their names. They may run Python."""
+    choices: tuple[Path, ...] = ()
+    """Files in HellaSwag's form (JSON lines with ctx, endings, label), scored without the harness."""
+    perplexity: tuple[Path, ...] = ()
+    """Texts to measure: a text file is one document, each line of a .jsonl file is one."""
+    field: str = "text"
+    """Of --perplexity: the JSON field that holds the text."""
+    stride: int = 0
+    """Of --perplexity: tokens by which a window moves on in a long document; 0 is the whole context."""
+    limit: int | None = None
+    """Only the first so many questions of each task or file, for a try."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; by default what the task says, or none."""
+    max_gen_toks: int = 0
+    """Most tokens of a generated answer; 0 is what the task says."""
+    batch_size: int = 0
+    """Sequences in a batch, over all devices; 0 chooses by their length."""
+    step: int | None = None
+    """Of a run: this checkpoint instead of the newest."""
+    out: Path | None = None
+    """Write the results here instead. What is there already is kept and added to."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of activations and matmuls; auto is bfloat16 on accelerators and float32 on CPU."""
+    mesh: MeshShape = MeshShape()
+
+    def __post_init__(self) -> None:
+        if not (self.task_names or self.choices or self.perplexity):
+            raise UserError("nothing to evaluate: give --tasks NAMES, --choices FILE or --perplexity FILE")
+        for name in ("limit", "num_fewshot"):
+            value = getattr(self, name)
+            if value is not None and value < (name == "limit"):
+                raise UserError(f"--{name.replace('_', '-')} {value}: give at least {int(name == 'limit')}")
+        if self.max_gen_toks < 0 or self.stride < 0:
+            raise UserError(f"--max-gen-toks {self.max_gen_toks}, --stride {self.stride}: these cannot be negative")
+        if self.stride and not self.perplexity:
+            raise UserError(f"--stride {self.stride} is of --perplexity, which is not given")
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """meshgpt eval RUN|FOLDER --tasks NAMES | --choices FILE | --perplexity FILE; gives the exit code."""
+
+    def command() -> None:
+        flags, rest = processes.take_flags(arguments)
+        asked = tyro.cli(Arguments, prog="meshgpt eval", args=rest, config=(tyro.conf.AvoidSubcommands,))
+        runtime.start()
+        with processes.joined(processes.placement(flags), print):
+            processes.check_agreement(json.loads(json.dumps(dataclasses.asdict(asked), default=str)), differences)
+            evaluate(asked)
+
+    return processes.leave(exit_code(command))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What was asked for, read and checked before the model is opened."""
+
+    tasks: dict[str, Any] | None  # of `harness.load`
+    choices: dict[str, list[choices.Question]]  # by the name in the results
+    perplexity: dict[str, list[str]]
+
+
+def evaluate(asked: Arguments) -> Results:
+    """Measures what was asked for, prints it, keeps it, and gives it. All processes of a run call it."""
+    first = jax.process_index() == 0
+    wanted = processes.first_then_others(lambda: _wanted(asked), lambda: _wanted(asked))
+    mesh = make_mesh(asked.mesh)
+    with jax.set_mesh(mesh), _progress(first) as report:
+        trained = open_trained(asked.source, Precision(compute=asked.compute), print if first else _silent, asked.step)
+        path = asked.out or (None if asked.limit else _kept(asked.source, trained.step))  # a try is not a result
+        if path is not None:  # now, and not when all is measured
+            processes.first_then_others(lambda: results.read(path), lambda: None)
+        scorer = Scorer(trained.model, trained.params, mesh, asked.batch_size)
+        found = _measured(asked, wanted, trained, scorer, report)
+    if first:
+        print(results.table(found))
+        if scorer.truncated:
+            print(
+                f"{scorer.truncated:,} texts did not fit the context of {scorer.context:,} tokens and lost their start"
+            )
+        if path is None:
+            print("to keep these figures, give --out FILE")
+        else:
+            results.save(path, found)
+            print(f"{path} holds them")
+    return found
+
+
+def _wanted(asked: Arguments) -> _Wanted:
+    tasks = None
+    if asked.task_names:
+        if jax.process_index() == 0:
+            print("loading tasks (a fetch that fails is tried again for half a minute)", flush=True)
+        known = harness.open_tasks(asked.tasks_path)
+        names = harness.resolve(known, asked.task_names)
+        tasks = harness.load(known, names, asked.num_fewshot)
+    called = [files.stem(path) for path in (*asked.choices, *asked.perplexity)]
+    twice = next((name for name in called if called.count(name) > 1 or (tasks and name in tasks["tasks"])), None)
+    if twice is not None:
+        raise UserError(f"two files are called {twice}, or one and a task, and results are kept by name: rename one")
+    questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.choices}
+    return _Wanted(
+        tasks=tasks,
+        choices={name: rows[: asked.limit] for name, rows in questions.items()},
+        perplexity={files.stem(path): files.read_texts(path, asked.field)[: asked.limit] for path in asked.perplexity},
+    )
+
+
+def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Scorer, report: Progress) -> Results:
+    found: Results = {"results": {}}
+    for name, texts in wanted.perplexity.items():
+        measured = perplexity.measure(scorer, trained.tokenizer, texts, report, stride=asked.stride)
+        found = results.merged(found, results.of_perplexity(name, measured))
+    for name, questions in wanted.choices.items():
+        answered = choices.choose(scorer, trained.tokenizer, questions, report)
+        found = results.merged(found, results.of_choices(name, answered))
+    if wanted.tasks is not None:
+        ran = harness.run(
+            scorer, trained.tokenizer, wanted.tasks, report, limit=asked.limit, max_gen_toks=asked.max_gen_toks
+        )
+        found = results.merged(found, ran)
+    return found | {"model_name": str(asked.source)}
+
+
+def _kept(source: Path, step: int | None) -> Path | None:
+    """Where the results of a run's step lie."""
+    return None if step is None else RunFolder(source).evals / f"{step}.json"
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Progress]:
+    if shown:
+        with progress_bar() as report:
+            yield report
+    else:
+        yield lambda label, done, total: None
+
+
+def _silent(text: str) -> None:
+    del text

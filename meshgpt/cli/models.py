@@ -1,0 +1,176 @@
+"""The verbs that make a token store or read a trained model. Each takes its command-line arguments."""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from meshgpt import (
+    convert,
+    runtime,
+)
+from meshgpt.data.prepare import Prepare
+from meshgpt.data.prepare import prepare as prepare_store
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.errors import UserError
+from meshgpt.inference.generate import (
+    Sampling,
+    generate_text,
+)
+from meshgpt.models.precision import (
+    Float,
+    Precision,
+)
+from meshgpt.models.trainable import plain
+from meshgpt.training import finish
+from meshgpt.training.load import (
+    open_adapters,
+    open_trained,
+)
+from meshgpt.training.pretrained import import_model
+from meshgpt.training.trackers import progress_bar
+
+_FLAGS = (tyro.conf.AvoidSubcommands,)
+Source = Annotated[Path, tyro.conf.Positional]
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """meshgpt prepare SOURCE... --out DIR"""
+    sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    named = ["--sources", *sources] if sources else []
+    flags = [*named, *arguments[len(sources) :]]
+    request = tyro.cli(Prepare, prog="meshgpt prepare SOURCE...", args=flags, config=_FLAGS)
+    with progress_bar() as report:
+        store = prepare_store(request, report)
+    for name in ("train", "val"):
+        split = store.split(name)
+        print(f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes")
+    counts = store.index["counts"]
+    if counts["bad_records"]:
+        print("\n  ".join([f"{counts['bad_records']:,} bad records were skipped; the first:", *counts["first_bad"]]))
+    if counts["duplicates"]:
+        print(f"{counts['duplicates']:,} duplicates dropped, {counts['duplicate_bytes']:,} bytes")
+    print(f"{store.folder} is ready: train on it with --data.store {store.folder}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Text from a trained model."""
+
+    source: Source
+    """A run's folder, or a Hugging Face folder."""
+    prompt: tuple[str, ...] = ("",)
+    """What to go on from; several are generated together. An empty one starts a new text."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    precision: Precision = Precision()
+    mesh: MeshShape = MeshShape()
+    step: int | None = None
+    """Of a run: this checkpoint instead of the newest."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """meshgpt generate SOURCE --prompt TEXT"""
+    asked = tyro.cli(GenerateArguments, prog="meshgpt generate", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    with jax.set_mesh(make_mesh(asked.mesh)):
+        trained = open_trained(asked.source, asked.precision, print, asked.step)
+        texts = generate_text(trained.model, trained.params, trained.tokenizer, list(asked.prompt), asked.sampling)
+    for prompt, several in zip(asked.prompt, texts, strict=True):
+        for text in several:
+            print(f"{prompt}{text}")
+            print("-" * min(72, shutil.get_terminal_size().columns))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """A run as a Hugging Face folder, reopened from disk and compared with the live model before it gets its name."""
+
+    source: Source
+    """A run's folder, an imported one, or a quantized Hugging Face folder, which is dequantized."""
+    out: Path
+    """The folder to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mesh: MeshShape = MeshShape()
+    step: int | None = None
+    """This checkpoint instead of the newest."""
+    replace: bool = False
+    """Replace an earlier export at `out`."""
+    merge: bool = False
+    """Of a run with LoRA: base and adapters summed up to one model. This is what is written anyway."""
+    adapter: bool = False
+    """Of a run with LoRA: the adapters alone, as a folder that PEFT loads beside the base."""
+
+    def __post_init__(self) -> None:
+        if self.merge and self.adapter:
+            raise UserError("--merge writes a whole model and --adapter the adapters alone: give one of them")
+
+
+# The gate compares logits on these words in the model's own tokens: any text serves, as both sides read the same.
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog.\ndef export(run, out):\n    return proof\n" * 8
+
+
+def export(arguments: Sequence[str]) -> None:
+    """meshgpt export RUN --out DIR"""
+    asked = tyro.cli(ExportArguments, prog="meshgpt export", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    mesh = make_mesh(asked.mesh)
+    if asked.adapter:
+        with jax.set_mesh(mesh):
+            _export_adapter(asked)
+        return
+    with jax.set_mesh(mesh), progress_bar() as report:
+        # The comparison is exact: in float32, whatever the run computed in.
+        trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
+        tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
+        verdict = convert.export(
+            plain(trained.params),  # of a quantized folder, dequantized
+            trained.model.config,
+            trained.tokenizer,
+            asked.out,
+            probe=finish.probe(trained.model, tokens),
+            dtype=asked.dtype,
+            replace=asked.replace,
+            release=True,
+            on_progress=lambda done, total: report("writing", done, total),
+        )
+    print(verdict)
+    print(f"{asked.out} is ready: transformers.AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
+
+
+def _export_adapter(asked: ExportArguments) -> None:
+    found = open_adapters(asked.source, print, asked.step)
+    base = found.run.init
+    print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.replace))
+    print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportArguments:
+    """Other people's weights as a checkpoint folder of ours, for generate, export and `--init`."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A Hugging Face folder, a hub id (owner/name), or a step_N folder of Mesh-Transformer-JAX."""
+    out: Path
+    """The folder to write; it must not exist."""
+    surgery: tyro.conf.OmitArgPrefixes[convert.Surgery] = convert.Surgery()
+    dtype: Float = "float32"
+    """In which the parameters are kept."""
+    mesh: MeshShape = MeshShape()
+
+
+def import_weights(arguments: Sequence[str]) -> None:
+    """meshgpt import SOURCE --out DIR"""
+    asked = tyro.cli(ImportArguments, prog="meshgpt import", args=list(arguments), config=_FLAGS)
+    runtime.start()
+    with jax.set_mesh(make_mesh(asked.mesh)):
+        import_model(asked.source, asked.out, asked.surgery, asked.dtype, print)
+    print(f"{asked.out} is ready: meshgpt generate {asked.out} --prompt ..., or train with --init {asked.out}")

@@ -1,0 +1,258 @@
+"""`meshgpt quantize`: a model in 4 or 8 bits for other tools, and what that costs in quality."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import jax
+import numpy as np
+import tyro
+
+import meshgpt
+from meshgpt import (
+    convert,
+    runtime,
+)
+from meshgpt.data.store import Store
+from meshgpt.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+)
+from meshgpt.distributed.mesh import (
+    MeshShape,
+    make_mesh,
+)
+from meshgpt.errors import UserError
+from meshgpt.evals import (
+    choices,
+    files,
+    perplexity,
+)
+from meshgpt.evals.scoring import (
+    Progress,
+    Scorer,
+)
+from meshgpt.models.model import (
+    Model,
+    ModelConfig,
+    parameter_shapes,
+)
+from meshgpt.models.precision import Precision
+from meshgpt.report.blocks import (
+    Block,
+    Code,
+    Heading,
+    Table,
+    Text,
+    to_markdown,
+)
+from meshgpt.training.load import open_trained
+from meshgpt.training.pretrained import RECORD
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.trackers import progress_bar
+from meshgpt.trees import Tree
+
+Format: TypeAlias = Literal["nf4", "fp4", "int8", "gguf-q8_0", "gguf-q4_0"]
+
+_HELD_OUT_TOKENS = 100_000  # of a run's own held-out text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """A model in fewer bits, for other tools: bitsandbytes' formats (transformers), or GGUF (llama.cpp).
+
+    For example: meshgpt quantize runs/a --format nf4 --double-quant --out a-nf4
+                 meshgpt quantize gpt2 --format gguf-q8_0 --out a-gguf --eval-text held_out.txt
+
+    The matrices of the blocks are quantized; embeddings, heads, norms and biases are not (in GGUF, tables are: see
+    docs/huggingface.md). A folder or a model of the hub streams through: the host holds a tensor at a time.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A run's folder, an imported one, a Hugging Face folder or a hub id (owner/name)."""
+    format: Format
+    """nf4, fp4: 4 bits in blocks of 64. int8: rows of 8 bits. gguf-...: a file for llama.cpp (GPT-2 only)."""
+    out: Path
+    """The folder to write."""
+    double_quant: bool = False
+    """Of nf4 and fp4: the scales in 8 bits too; 4.1 bits a weight instead of 4.5."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of what is not quantized, and what transformers computes in. Not of GGUF."""
+    eval_text: tuple[Path, ...] = ()
+    """Texts (.txt, or .jsonl with a field text) whose perplexity is measured before and after. Of a run, by default,
+    the first 100,000 tokens of its own held-out text."""
+    eval_choices: tuple[Path, ...] = ()
+    """Multiple-choice files in HellaSwag's form: accuracy before and after."""
+    step: int | None = None
+    """Of a run: this checkpoint instead of the newest."""
+    mesh: MeshShape = MeshShape()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model to be quantized. contents: its tensors, one at a time. load: its parameters for a model, on the mesh."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    contents: Callable[[], convert.Contents]
+    load: Callable[[Model], Tree]
+    texts: dict[str, list[str]]  # its own held-out text
+
+
+def quantize(arguments: Sequence[str]) -> None:
+    """meshgpt quantize RUN|FOLDER --format nf4 --out DIR"""
+    asked = tyro.cli(Arguments, prog="meshgpt quantize", args=list(arguments), config=(tyro.conf.AvoidSubcommands,))
+    form = _form(asked)
+    texts = {files.stem(path): files.read_texts(path, "text") for path in asked.eval_text}
+    questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.eval_choices}
+    runtime.start()
+    mesh = make_mesh(asked.mesh)
+    with jax.set_mesh(mesh), progress_bar() as report:
+        opened = open_for_quantizing(asked.source, asked.step)
+        model = Model(config=opened.config, precision=Precision())
+        measure = functools.partial(_measure, model, opened.tokenizer, mesh, texts or opened.texts, questions, report)
+        form.check(opened.config, opened.tokenizer)
+        before = measure(opened.load(model)) if texts or questions or opened.texts else {}
+
+        def finish(folder: Path) -> None:
+            after = measure(form.load(folder, opened.config, model.abstract_params())) if before else {}
+            table = quality_table(before, after, _bytes_before(opened.config), sum(_sizes(folder)))
+            (folder / "README.md").write_text(to_markdown(_card(asked, opened, table), ""), encoding="utf-8")
+            print("\n".join(_lines(table)))
+
+        convert.quantize(
+            opened.contents(), opened.config, opened.tokenizer, form, asked.out, finish,
+            lambda done, total: report("quantizing", done, total),
+        )  # fmt: skip
+    print(f"{asked.out} is ready: {_use(asked)}")
+
+
+def _form(asked: Arguments) -> convert.Form:
+    if asked.format in ("nf4", "fp4", "int8"):
+        return convert.BnbForm(kind=asked.format, double_quant=asked.double_quant, dtype=asked.dtype)
+    if asked.double_quant:
+        raise UserError(f"--double-quant is of nf4 and fp4; {asked.format} has no such thing")
+    return convert.GgufForm(kind="q8_0" if asked.format == "gguf-q8_0" else "q4_0")
+
+
+def open_for_quantizing(source: str, step: int | None = None) -> Opened:
+    """What is at `source`, on the mesh that is set; nothing is read yet, except of a run or an imported folder.
+
+    Raises:
+      UserError: what opening it raises, no tokenizer, or a model that is quantized already.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "run.json").is_file() or (folder / RECORD).is_file():
+        trained = open_trained(folder, Precision(compute="float32"), print, step)
+        config, params = trained.model.config, trained.params
+        return Opened(
+            config=config,
+            tokenizer=trained.tokenizer,
+            contents=lambda: convert.live_tensors(params, config, np.dtype(np.float32)),
+            load=lambda model: params,
+            texts=_held_out(RunFolder(folder)) if (folder / "run.json").is_file() else {},
+        )
+    if step is not None:
+        raise UserError(f"--step {step} is of a run, and {source} is none")
+    opened = convert.open_source(source)
+    if convert.is_quantized(opened.tensors):
+        raise UserError(f"{source} is quantized already: name the model that it was made from")
+    if opened.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer: copy the model's tokenizer.json into it")
+    return Opened(
+        config=opened.config,
+        tokenizer=load_tokenizer(opened.tokenizer),
+        contents=lambda: convert.contents_of(opened.tensors, opened.config),
+        load=lambda model: opened.load(model.abstract_params()),
+        texts={},
+    )
+
+
+def _held_out(folder: RunFolder) -> dict[str, list[str]]:
+    """The beginning of a run's held-out text, if its store is still where it was."""
+    if not folder.ledger.is_file():
+        return {}
+    stores = [Path(row["store"]) for row in json.loads(folder.ledger.read_text(encoding="utf-8"))]
+    texts: list[str] = []
+    left = _HELD_OUT_TOKENS
+    for store in (Store.open(path) for path in stores if path.is_dir()):
+        split, tokenizer = store.split("val"), store.tokenizer()
+        for number in range(split.num_documents):
+            tokens = split.document_tokens(number)[:left]
+            left -= len(tokens)
+            texts += (
+                [tokenizer.decode([i for i in tokens.tolist() if i != tokenizer.eot_id])] if len(tokens) > 1 else []
+            )
+    return {"held-out text": texts} if texts else {}
+
+
+def _measure(
+    model: Model,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    texts: dict[str, list[str]],
+    questions: dict[str, list[choices.Question]],
+    report: Progress,
+    params: Tree,
+) -> dict[str, float]:
+    """Each figure by its name."""
+    scorer = Scorer(model, params, mesh)
+    found: dict[str, float] = {}
+    for name, documents in texts.items():
+        measured = perplexity.measure(scorer, tokenizer, documents, report)
+        found[f"token perplexity, {name}"] = measured.token_perplexity
+        found[f"bits per byte, {name}"] = measured.bits_per_byte
+    for name, asked in questions.items():
+        accuracy = choices.choose(scorer, tokenizer, asked, report)
+        found[f"accuracy, {name}"], found[f"normalised accuracy, {name}"] = accuracy.acc, accuracy.acc_norm
+    return found
+
+
+def quality_table(before: dict[str, float], after: dict[str, float], bytes_before: int, bytes_after: int) -> Table:
+    """What was, what is, and the difference."""
+    rows = [
+        (name, f"{value:.4f}", f"{after[name]:.4f}", f"{(after[name] / value - 1) * 100:+.2f}%" if value else "")
+        for name, value in before.items()
+    ]
+    share = (bytes_after / bytes_before - 1) * 100
+    rows += [("bytes", f"{bytes_before:,} (bfloat16)", f"{bytes_after:,}", f"{share:+.1f}%")]
+    note = "" if before else "Quality was not measured: --eval-text and --eval-choices do."
+    return Table(header=("", "before", "after", "difference"), rows=rows, note=note)
+
+
+def _bytes_before(config: ModelConfig) -> int:
+    return 2 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")]
+
+
+def _lines(table: Table) -> list[str]:
+    cells = [tuple(table.header), *(tuple(row) for row in table.rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [*lines, table.note] if table.note else lines
+
+
+def _card(asked: Arguments, opened: Opened, table: Table) -> list[Block]:
+    double = ", double quantization" if asked.double_quant else ""
+    what = f"{asked.source}, quantized to {asked.format}{double} with meshgpt {meshgpt.__version__}."
+    return [
+        Heading(level=1, text=asked.out.name),
+        Text(text=f"{what} Its licence, training and limitations are those of that model: see its card."),
+        Heading(level=2, text="Before and after"),
+        table,
+        Heading(level=2, text="How to use"),
+        Code(language="text" if asked.format.startswith("gguf") else "python", text=_use(asked)),
+    ]
+
+
+def _use(asked: Arguments) -> str:
+    if asked.format.startswith("gguf"):
+        return f"llama-cli -m {asked.out / ('model-' + asked.format.removeprefix('gguf-') + '.gguf')} -p ..."
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(asked.out)!r})"

@@ -1,0 +1,42 @@
+"""The tokenizer that travels with an export: proved on text, or owned up to."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.errors import UserError
+
+_ONLY_SENTENCEPIECE = (
+    "the tokenizer is exported as tokenizer.model alone, because no tokenizer.json gives its ids exactly "
+    "(only sentencepiece BPE that leaves text as it is has one): load it with sentencepiece, not with AutoTokenizer"
+)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens_BT: np.ndarray) -> tuple[str, ...]:
+    """Saves `tokenizer` into `folder` and gives what has to be said about it.
+
+    Where there is a tokenizer.json (which is what transformers, vllm and llama.cpp read), it is opened again and has to
+    give the live tokenizer's ids on the text of `tokens_BT`.
+
+    Raises:
+      UserError: naming the first text on which the ids differ.
+    """
+    tokenizer.save(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return (_ONLY_SENTENCEPIECE,)
+    import tokenizers
+
+    saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in _texts(tokenizer, tokens_BT):
+        if saved.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            raise UserError(f"{folder}/tokenizer.json gives other ids than the tokenizer it was made from on {text!r}")
+    return ()
+
+
+def _texts(tokenizer: Tokenizer, tokens_BT: np.ndarray) -> Iterator[str]:
+    """The text of every row, up to the first end of text: written out, that would be a token again."""
+    for row in tokens_BT.tolist():
+        ids = [i for i in row if i < tokenizer.vocab_size]  # a model may have more rows than its tokenizer
+        yield tokenizer.decode(ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids)

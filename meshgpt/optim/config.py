@@ -1,0 +1,298 @@
+"""Optimizers, as optax gradient transformations, each a dataclass that a recipe's `optim` may be.
+
+An optimizer here is a direction: the transformation that turns a mean gradient into an update of size one. `step`
+clips before it and multiplies by the learning rate of the step after it, so that both are said once, for all. A
+direction's `update` takes `finite`, a scalar: where it is False the state stays as it was.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from meshgpt.distributed import host_memory
+from meshgpt.errors import UserError
+from meshgpt.optim import codecs
+from meshgpt.optim.adafactor import Adafactor as FactoredMoment
+from meshgpt.optim.adam import Adam
+from meshgpt.optim.moments import (
+    Blocks,
+    Format,
+    Plain,
+    RowsAndColumns,
+)
+from meshgpt.optim.muon import OrthogonalMomentum
+from meshgpt.optim.schedules import (
+    Constant,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    Piece,
+    Piecewise,
+    Schedule,
+    learning_rate_schedule,
+)
+from meshgpt.trees import (
+    MATRIX,
+    Tree,
+    map_with_names,
+    mask,
+)
+
+# A recipe takes optimizers and their schedules from here.
+__all__ = [
+    "Adafactor", "AdamW", "AdamW4bit", "AdamW8bit", "Common", "Constant", "Cosine", "InverseSqrt", "Linear", "Lion",
+    "Muon", "Optimizer", "Piece", "Piecewise", "Schedule", "decayed", "learning_rate",
+]  # fmt: skip
+
+FloatName: TypeAlias = Literal["float32", "bfloat16"]
+Memory: TypeAlias = Literal["device", "pinned_host"]
+
+# (what holds, said in words), by field.
+_LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "peak_lr": (lambda x: x > 0, "above 0"),
+    "warmup_steps": (lambda x: x >= 0, "0 or more"),
+    "clip_norm": (lambda x: x >= 0, "0 (never clip) or more"),
+    "weight_decay": (lambda x: x >= 0, "0 or more"),
+    "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "eps": (lambda x: x > 0, "above 0"),
+    "decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "clip_rms": (lambda x: x > 0, "above 0"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common(abc.ABC):
+    """What every optimizer has.
+
+    peak_lr, warmup_steps: the learning rate rises linearly from 0 over the warmup, then follows `schedule`.
+    clip_norm: gradients are scaled down to this global norm (0: never). weight_decay: decoupled, p -= lr weight_decay p
+    (Loshchilov and Hutter 2019), of matrices and embeddings, not of biases and norms.
+    state_memory: where the optimizer's state rests between steps; "pinned_host" pages it to the accelerator and back,
+    for two transfers of the state a step: AdamW's parameter by parameter, the others' at once after the gradients.
+    """
+
+    peak_lr: float = 6e-4
+    warmup_steps: int = 100
+    schedule: Schedule = Cosine()
+    clip_norm: float = 1.0
+    weight_decay: float = 0.1
+    state_memory: Memory = "device"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            holds, wanted = _LIMITS.get(field.name, (None, ""))
+            value = getattr(self, field.name)
+            if holds is not None and not holds(value):
+                raise UserError(f"optim.{field.name}={value}: give a number {wanted}")
+
+    @abc.abstractmethod
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        """The update's direction, before the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Common):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps) + weight_decay * p
+    p = p - lr u, with m' and v' corrected for their start at 0; no decay of biases and norms.
+
+    moment_dtype: of m. second_moment_dtype: of v; with bfloat16, b2 is at most 0.99, as smaller changes would be lost.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    moment_dtype: FloatName = "float32"
+    second_moment_dtype: FloatName = "float32"
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        if self.second_moment_dtype == "bfloat16" and self.b2 > 0.99:
+            raise UserError(
+                f"optim.second_moment_dtype=bfloat16 keeps 8 bits, which lose steps of 1 - b2 = {1 - self.b2:.2g}: "
+                "give --optim.b2 0.99 or lower, or keep it in float32"
+            )
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Plain(self.moment_dtype), Plain(self.second_moment_dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW8bit(Common):
+    """AdamW whose moments take 8 bits each: dynamic exponents, a scale a block of 256 (Dettmers et al. 2022)."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Blocks(codecs.DYNAMIC_8, 256), Blocks(codecs.DYNAMIC_8_UNSIGNED, 256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW4bit(Common):
+    """AdamW whose moments take 4 bits each (Li, Chen and Zhu 2023, "4-bit AdamW").
+
+    The first: dynamic exponents, a scale a block of 128. The second: linear without zero, scaled by row and column.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _adamw(self)
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """Of the first and the second moment."""
+        return Blocks(codecs.DYNAMIC_4, 128), RowsAndColumns(codecs.LINEAR_4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Common):
+    """No first moment, and the second as means over rows and columns (Shazeer and Stern 2018).
+
+    decay: the second moment's rate at step t is 1 - t^-decay. clip_rms: an update's root mean square is at most this.
+    """
+
+    decay: float = 0.8
+    eps: float = 1e-30
+    clip_rms: float = 1.0
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        moment = FactoredMoment(decay=self.decay, eps=self.eps, clip=self.clip_rms)
+        return _with_decay(self, moment.transformation())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Common):
+    """The sign of a momentum (Chen et al. 2023, algorithm 2); wants a third to a tenth of AdamW's peak_lr.
+
+    u = sign(b1 m + (1 - b1) g) + weight_decay * p;  m = b2 m + (1 - b2) g
+    """
+
+    peak_lr: float = 1e-4
+    weight_decay: float = 0.5
+    b1: float = 0.9
+    b2: float = 0.99
+    moment_dtype: FloatName = "float32"
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        return _with_decay(self, _held(optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.moment_dtype))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Common):
+    """Orthogonal momentum for the blocks' matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
+
+    beta: of Muon's momentum. b1, b2, eps: of AdamW. Both take one learning rate: Muon's update is made as large as
+    Adam's (Liu et al. 2025). A block's matrix is gathered for it, and every device computes the same.
+    """
+
+    beta: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+
+    def direction(self) -> optax.GradientTransformationExtraArgs:
+        adam = Adam(self.b1, self.b2, self.eps, Plain("float32"), Plain("float32")).transformation()
+        parts: dict[Hashable, optax.GradientTransformation] = {
+            "muon": OrthogonalMomentum(self.beta).transformation(),
+            "adam": adam,
+        }
+        return _with_decay(self, optax.partition(parts, _muon_or_adam))
+
+
+Optimizer: TypeAlias = AdamW | AdamW8bit | AdamW4bit | Adafactor | Lion | Muon
+
+
+def decayed(params: Tree) -> Tree:
+    """True for the tensors that weight decay applies to: matrices and embeddings, not biases and norms."""
+    return mask(params, MATRIX)
+
+
+def learning_rate(optim: Optimizer, total_steps: int) -> optax.Schedule:
+    """The learning rate of a step (0-based, an int32 scalar), a float32 scalar.
+
+    Raises:
+      UserError: when the warmup does not end before the run does.
+    """
+    return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps)
+
+
+def _adamw(optim: "AdamW | AdamW8bit | AdamW4bit") -> optax.GradientTransformationExtraArgs:
+    paged = optim.state_memory != "device"
+    if paged:
+        _require_host_memory()
+        if not all(isinstance(kept, Plain) for kept in optim.formats):
+            host_memory.refuse_bytes_on_tpu("optim.state_memory=pinned_host")
+    adam = Adam(optim.b1, optim.b2, optim.eps, *optim.formats, paged)
+    return _decaying(optim, adam.transformation())
+
+
+def _with_decay(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return _decaying(optim, direction if optim.state_memory == "device" else _paged(direction))
+
+
+def _decaying(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(
+        optax.chain(direction, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
+    )
+
+
+def resting(optim: Common, opt_state: Tree) -> Tree:
+    """Abstract optimizer state with the memory it rests in."""
+    return opt_state if optim.state_memory == "device" else host_memory.on_host(opt_state)
+
+
+def _paged(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state rests in the host's memory and comes to the device whole, when the gradients are there."""
+    _require_host_memory()
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None, *, finite: jax.Array) -> tuple[Tree, Tree]:
+        # Without the barrier XLA would fetch as the step begins, and the state would be beside the activations.
+        updates, state = jax.lax.optimization_barrier((updates, state))
+        fetched = host_memory.to_device(state)
+        updates, new = optax.with_extra_args_support(inner).update(updates, fetched, params, finite=finite)
+        return updates, host_memory.to_host(new)
+
+    def init(params: Tree) -> Tree:
+        return host_memory.to_host(inner.init(params))
+
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
+
+
+def _require_host_memory() -> None:
+    remedy = "leave the state on the device, and take an optimizer with less of it (AdamW8bit, AdamW4bit, Adafactor)"
+    host_memory.require("optim.state_memory=pinned_host", remedy)
+
+
+def _held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state stays as it was where `finite` is False."""
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None, *, finite: jax.Array) -> tuple[Tree, Tree]:
+        updates, new = inner.update(updates, state, params)
+        return updates, jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, cast(Any, update))
+
+
+def _muon_or_adam(params: Tree) -> Tree:
+    matrices = mask(params, rf"^blocks/.*{MATRIX}")
+    return map_with_names(lambda _, is_matrix: "muon" if is_matrix else "adam", matrices)

@@ -1,0 +1,124 @@
+"""What a run leaves behind when it has finished: samples, a Hugging Face folder, the loss curve, and a summary."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from meshgpt import convert
+from meshgpt.config import Run
+from meshgpt.data.store import Store
+from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.distributed.mesh import (
+    batch_shards,
+    spec,
+)
+from meshgpt.errors import UserError
+from meshgpt.inference.generate import (
+    Sampling,
+    generate_text,
+)
+from meshgpt.models.model import Model
+from meshgpt.training.loss_curve import plot_loss
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.trackers import read_json_lines
+from meshgpt.trees import Tree
+
+PROBE_TOKENS = 128
+
+
+def sampling(run: Run) -> Sampling:
+    """How the run's samples are drawn."""
+    wanted = run.samples
+    return Sampling(
+        max_new_tokens=wanted.max_new_tokens, temperature=wanted.temperature, top_p=wanted.top_p, seed=run.seed
+    )
+
+
+def check_samples(run: Run, tokenizer: Tokenizer) -> None:
+    """Raises UserError now for what `write_samples` would refuse when the training is done."""
+    sampling(run)
+    for prompt, tokens in zip(run.samples.prompts, tokenizer.encode_batch(list(run.samples.prompts)), strict=True):
+        if len(tokens) >= run.model.n_positions:
+            raise UserError(
+                f"the prompt {prompt[:40]!r}... of --samples.prompts has {len(tokens)} tokens, and the model's context "
+                f"is {run.model.n_positions}: give one of at most {run.model.n_positions - 1}"
+            )
+
+
+def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer) -> str:
+    """Generates the run's samples into `samples.txt`; gives the text."""
+    texts = generate_text(model, params, tokenizer, list(run.samples.prompts), sampling(run))
+    blocks = [
+        f"--- sample {number}, prompt {prompt!r}\n{prompt}{text}\n"
+        for number, (prompt, several) in enumerate(zip(run.samples.prompts, texts, strict=True), start=1)
+        for text in several
+    ]
+    if jax.process_index() == 0:
+        folder.samples.write_text("\n".join(blocks), encoding="utf-8")
+    return "\n".join(blocks)
+
+
+def probe(model: Model, tokens: np.ndarray) -> convert.Probe:
+    """The first of `tokens` and the live forward pass, for the comparison that every export must pass."""
+    rows = batch_shards()
+    row_T = tokens[: min(PROBE_TOKENS, model.config.n_positions)].astype(np.int32)
+
+    @functools.partial(jax.jit, compiler_options=convert.PROBE_COMPILER_OPTIONS)
+    def logits(params: Tree, tokens_BT: jax.Array) -> jax.Array:
+        decoder = model.bind(params)
+        # On every device, so that each of several processes can read all of them.
+        return jax.sharding.reshard(decoder.logits(decoder.hidden(tokens_BT)), spec("_ _ _"))
+
+    def placed(params: Tree, tokens_BT: np.ndarray) -> jax.Array:
+        return logits(params, jax.device_put(tokens_BT, spec("batch seq")))
+
+    return convert.Probe(tokens_BT=np.repeat(row_T[None], rows, axis=0), logits=placed)
+
+
+def export_run(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store) -> str:
+    """Writes `export/`; gives the line that says what was proved. `params` are gone afterwards."""
+    assert run.export != "none"
+    write = functools.partial(convert.export, params, run.model, tokenizer, folder.export, dtype=run.export)
+    split = store.split("val" if store.split("val").num_tokens else "train")
+    tokens = split.tokens(0, min(PROBE_TOKENS, split.num_tokens))
+    return str(write(probe=probe(model, tokens), replace=True, release=True))
+
+
+def finish(
+    run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """All of it, in order; `say` takes a line at a time. `params` are gone afterwards."""
+    if jax.process_index() == 0:
+        plot_loss(folder.metrics, folder.plot, folder.path.name)
+    if run.samples.prompts:
+        say(write_samples(run, folder, model, params, tokenizer))
+    if run.export != "none":
+        say(f"export: {export_run(run, folder, model, params, tokenizer, store)}")
+    if jax.process_index() == 0:
+        say(summary(run, folder))
+
+
+def summary(run: Run, folder: RunFolder) -> str:
+    """Where everything is, and what to try next."""
+    rows = read_json_lines(folder.metrics)
+    last = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
+    tokens = folder.batch_sizes().before(run.steps) * run.sequence_length
+    lines = [f"finished: {run.steps:,} steps, {tokens:,} tokens"]
+    if last:
+        lines[0] += f", validation loss {last['val_loss']:.4f}"
+    if "val_bits_per_byte" in last:
+        lines[0] += f", {last['val_bits_per_byte']:.3f} bits per byte"
+        gzip = last.get("gzip_bits_per_byte")
+        lines[0] += f" (gzip -9 needs {gzip:.3f})" if gzip else ""
+    places = [("checkpoints", folder.checkpoints), ("metrics", folder.metrics), ("loss curve", folder.plot)]
+    places += [("samples", folder.samples)] if run.samples.prompts else []
+    places += [("Hugging Face model", folder.export)] if run.export != "none" else []
+    lines += [f"  {name:<19} {path}" for name, path in places]
+    lines += ["what next:", f'  meshgpt generate {folder.path} --prompt "..."']
+    lines += [f"  meshgpt report {folder.path}    a model card, plots and a page to look at"]
+    lines += [f"  longer: the same command with --steps {run.steps * 2} goes on from here"]
+    lines += ["  afresh: the same command with --resume never sets this run aside and starts again"]
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""A trained model from wherever it lies: a run's folder, or a Hugging Face folder."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from meshgpt import convert
+from meshgpt.checkpoint import manifest
+from meshgpt.checkpoint.manager import (
+    completed_steps,
+    latest_step,
+    read_metadata,
+    restore_params,
+)
+from meshgpt.config import Run
+from meshgpt.data.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+)
+from meshgpt.errors import UserError
+from meshgpt.models.model import Model
+from meshgpt.models.precision import Precision
+from meshgpt.models.trainable import (
+    Full,
+    LoRA,
+)
+from meshgpt.training.pretrained import (
+    RECORD,
+    Imported,
+    check_identity,
+    identity,
+    initial_params,
+)
+from meshgpt.training.program import Program
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model with its parameters on the mesh that is set. step: of the checkpoint, None for a Hugging Face folder."""
+
+    model: Model
+    params: Tree
+    tokenizer: Tokenizer
+    step: int | None
+
+
+def open_trained(source: Path, precision: Precision, report: Callable[[str], None], step: int | None = None) -> Trained:
+    """Opens `source` on the mesh that is set; of a run, the newest intact checkpoint or the one of `step`.
+
+    Raises:
+      UserError: nothing there that can be read, or no intact checkpoint (of that step).
+    """
+    if (source / "run.json").is_file():
+        return _from_run(RunFolder(source), precision, report, step)
+    kind = "an imported" if (source / RECORD).is_file() else "a Hugging Face"
+    if step is not None and source.is_dir():
+        raise UserError(f"--step {step}: {source} is {kind} folder, which has no steps to choose from")
+    if (source / RECORD).is_file():
+        imported = Imported.open(source)
+        model = Model(config=imported.config, precision=precision)
+        if imported.tokenizer is None:
+            raise UserError(f"{source} was imported without a tokenizer: copy one to {source / 'tokenizer'}")
+        params = imported.load(model.abstract_params(), report)
+        return Trained(model=model, params=params, tokenizer=load_tokenizer(imported.tokenizer), step=None)
+    if (source / "config.json").is_file():
+        model = Model(config=convert.read_config(source), precision=precision)
+        params = convert.load(source, model.config, model.abstract_params())
+        return Trained(model=model, params=params, tokenizer=load_tokenizer(source), step=None)
+    what = f"has none of run.json, {RECORD} and config.json" if source.is_dir() else "does not exist"
+    raise UserError(f"{source} {what}: give a run's folder, an imported one, or a Hugging Face folder")
+
+
+def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], None], step: int | None) -> Trained:
+    run = folder.read_run()
+    # Parameters are read in the dtype they were trained in; only the computation follows `precision`.
+    policy = dataclasses.replace(precision, params=run.precision.params)
+    model = Model(config=run.model, execution=run.execution, precision=policy)
+    found = _step(folder, report, step)
+    params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
+    frozen = {} if isinstance(run.trainable, Full) else _base(run, folder, found, model, report)
+    return Trained(
+        model=model, params=run.trainable.merged(params, frozen), tokenizer=load_tokenizer(folder.tokenizer), step=found
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What a run with LoRA has trained, on the mesh that is set."""
+
+    run: Run
+    part: LoRA
+    params: Tree
+    step: int
+
+
+def open_adapters(source: Path, report: Callable[[str], None], step: int | None = None) -> Adapters:
+    """The adapters alone of a run; its base is not read.
+
+    Raises:
+      UserError: no run, one that trains something else, or no intact checkpoint (of that step).
+    """
+    folder = RunFolder(source)
+    run = folder.read_run()
+    if not isinstance(run.trainable, LoRA):
+        kind = type(run.trainable).__name__
+        raise UserError(f"--adapter: {source} was trained with {kind}, not LoRA, and has no adapters; leave it out")
+    found = _step(folder, report, step)
+    params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
+    return Adapters(run=run, part=run.trainable, params=params, step=found)
+
+
+def _base(run: Run, folder: RunFolder, step: int, model: Model, report: Callable[[str], None]) -> Tree:
+    """What the run read beside what it trained, which must still be the same."""
+    check_identity(identity(run.init), read_metadata(folder.checkpoints, step)["base"], f"step {step:,}")
+    _, frozen = run.trainable.start(initial_params(run, model, report), model.abstract_params(), jax.random.key(0))
+    return frozen
+
+
+def _step(folder: RunFolder, report: Callable[[str], None], step: int | None) -> int:
+    """The newest intact step, or `step` if it is intact."""
+    found = latest_step(folder.checkpoints, report) if step is None else _intact(folder, step)
+    if found is None:
+        raise UserError(f"{folder.path} has no checkpoint yet: train for some steps first")
+    return found
+
+
+def _intact(folder: RunFolder, step: int) -> int:
+    kept = completed_steps(folder.checkpoints)
+    if step not in kept:
+        raise UserError(f"--step {step}: {folder.path} keeps the checkpoints of steps {kept}")
+    try:
+        manifest.verify(folder.checkpoints / str(step))
+    except manifest.DamagedError as damage:
+        raise UserError(f"--step {step}: that checkpoint of {folder.path} cannot be used: {damage}") from damage
+    return step

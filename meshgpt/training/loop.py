@@ -1,0 +1,396 @@
+"""The training loop.
+
+The host stays one step behind the devices: a step is dispatched before the figures of the one before it are fetched.
+"""
+
+import dataclasses
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshgpt import (
+    runtime,
+)
+from meshgpt.checkpoint.manager import Checkpointer
+from meshgpt.config import (
+    Run,
+    to_json,
+)
+from meshgpt.distributed import processes
+from meshgpt.distributed.batch import Feed
+from meshgpt.distributed.heartbeat import (
+    EVALUATING,
+    FINISHING,
+    SAVING,
+    Pulse,
+)
+from meshgpt.distributed.mesh import make_mesh
+from meshgpt.distributed.replicas import ReplicaCheck
+from meshgpt.distributed.stragglers import Pace
+from meshgpt.errors import (
+    UserError,
+)
+from meshgpt.models import flops
+from meshgpt.models.model import (
+    check_divisibility,
+    parameter_shapes,
+)
+from meshgpt.objectives.document_mask import prove_isolation
+from meshgpt.training.data import (
+    RunData,
+    open_run_data,
+    without_preparing,
+)
+from meshgpt.training.finish import (
+    check_samples,
+    finish,
+)
+from meshgpt.training.init_state import (
+    batch_sizes,
+    newest,
+    start,
+)
+from meshgpt.training.memory import compile_fitting
+from meshgpt.training.pretrained import (
+    adopt,
+    record_origin,
+)
+from meshgpt.training.program import (
+    Program,
+    TrainStep,
+    flops_per_token,
+)
+from meshgpt.training.run_folder import RunFolder
+from meshgpt.training.sessions import Session
+from meshgpt.training.sinks import open_sinks
+from meshgpt.training.step import (
+    Metrics,
+    TrainState,
+)
+from meshgpt.training.step_timer import (
+    COMPILING,
+    DATA,
+    Clock,
+)
+from meshgpt.training.teacher import (
+    beside_teacher,
+    record_before,
+    with_teacher,
+)
+from meshgpt.training.trackers import (
+    Console,
+    JsonLines,
+    Several,
+)
+from meshgpt.training.validation import (
+    Validation,
+    open_validation,
+)
+from meshgpt.trees import Tree
+
+
+def train(run: Run, command: str = "") -> None:
+    """Trains, resuming where the run's folder allows, and leaves everything in that folder.
+
+    Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
+    """
+    folder = RunFolder(Path(run.run_dir))
+    run = with_teacher(adopt(run, folder))
+    mesh = make_mesh(run.mesh)
+    check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
+    say, pulse = print_line if jax.process_index() == 0 else _silent, Pulse()
+    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say)
+    with claimed(folder, run, command, say), jax.set_mesh(mesh), checkpointer() as checkpoints:
+        point = newest(run, checkpoints)
+        sizes = batch_sizes(run, point)
+        data = processes.first_then_others(
+            lambda: open_run_data(run, folder, sizes),
+            lambda: open_run_data(without_preparing(run, folder), folder, sizes),
+        )
+        tokenizer = data.tokenizer()
+        check_samples(run, tokenizer)
+        loop = Loop.build(run, mesh, data, folder)
+        begun = start(loop.program, data, checkpoints, point, say)
+        begun = beside_teacher(loop.program, tokenizer, begun, fresh=point is None, say=say)
+        loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
+        state = begun.state
+        if jax.process_index() == 0:  # and not before all checks: what is refused leaves the folder as it was
+            folder.record_run(run, command, begun.metadata)
+            tokenizer.save(folder.tokenizer)
+            data.write_ledger(folder.ledger)
+        record_origin(run, folder)
+        record_before(loop.program, loop.validation, begun, folder)
+        if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
+            say(_finished_already(run, folder, int(state.step)))
+            return
+        replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
+        state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse)
+        step = int(state.step)
+        replicas.compare(step, state.items())
+        with pulse.busy(SAVING):
+            checkpoints.save(step, state.items(), loop.metadata)
+            checkpoints.wait()
+        if stopped:
+            say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
+            return
+        with pulse.busy(FINISHING):
+            params = run.trainable.merged(state.params, loop.frozen)
+            finish(run, folder, loop.program.model, params, tokenizer, data.first_store, say)
+            if jax.process_index() == 0:
+                folder.mark_finished(step)
+
+
+@contextmanager
+def claimed(folder: RunFolder, run: Run, command: str, say: Callable[[str], None]) -> Iterator[None]:
+    """`RunFolder.claimed` by process 0, for all."""
+    with ExitStack() as held:
+        processes.first_then_others(lambda: held.enter_context(folder.claimed(run, command, say)), lambda: None)
+        processes.check_shared(folder.record)
+        yield
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What the loop needs besides the state, built once."""
+
+    run: Run
+    mesh: jax.sharding.Mesh
+    program: Program
+    metadata: dict[str, Any]  # kept beside each checkpoint
+    data: RunData
+    train_step: TrainStep
+    validation: Validation
+    frozen: Tree = dataclasses.field(default_factory=dict)  # what the programs read and never change
+
+    @staticmethod
+    def build(run: Run, mesh: jax.sharding.Mesh, data: RunData, folder: RunFolder) -> "Loop":
+        program = Program(run=run, document_end=data.document_end(run))
+        return Loop(
+            run=run,
+            mesh=mesh,
+            program=program,
+            metadata={"run": to_json(run), "data": data.record()},
+            data=data,
+            train_step=jax.jit(program.train_step(), donate_argnums=0),
+            validation=open_validation(program, mesh, folder, data),
+        )
+
+
+def run_steps(
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck, pulse: Pulse
+) -> tuple[TrainState, bool]:
+    """Trains to the last step; True where a signal stopped it before."""
+    run, first = loop.run, int(state.step)
+    feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
+    all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
+    if run.data.mask_documents and first < run.steps:
+        _prove_isolation(loop, feed, state)
+    figures = Figures(loop, folder, first, replicas, pulse)
+    clock, step_fn = Clock(), None
+    batches = clock.waited(iter(loop.data.batches.iterate(first, run.steps, feed.rows)), DATA)
+    with stop_requests() as stop, figures.open(), clock:
+        for step, (tokens, weights) in enumerate(batches, start=first + 1):
+            weights = all_count if weights is None else feed.place(weights)
+            batch = feed.place(tokens)
+            if step_fn is None:
+                with clock.on(COMPILING):
+                    step_fn = compile_fitting(loop.program, loop.train_step, state, loop.frozen, batch, weights)
+            with pulse.waiting():
+                state, metrics = step_fn(state, loop.frozen, batch, weights)
+            figures.add(step, metrics)
+            if loop.validation.due(step):
+                with figures.evaluating(step) as log, clock.on(EVALUATING):
+                    log(loop.validation.figures(step, state.params, loop.frozen))
+            saves = step % run.checkpointing.every == 0 and step < run.steps
+            if saves or replicas.due(step):
+                figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
+                replicas.compare(step, state.items())
+            if saves:
+                with pulse.busy(SAVING), clock.on(SAVING):
+                    checkpoints.save(step, state.items(), loop.metadata)
+            if stop(step) or figures.diverged:
+                break
+        figures.flush()
+    if int(state.step) > first and jax.process_index() == 0:
+        print_line(str(clock))
+    if figures.diverged:
+        replicas.compare(int(state.step), state.items())
+        with pulse.busy(SAVING):
+            checkpoints.save(int(state.step), state.items(), loop.metadata)
+            checkpoints.wait()
+        if jax.process_index() == 0:
+            folder.mark_diverged(int(state.step))
+        raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
+    return state, int(state.step) < run.steps
+
+
+def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
+    tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])[0, :, :-1]
+    end = loop.data.document_end(loop.run)
+    assert end is not None
+    params = loop.run.trainable.joined(state.params, loop.frozen, None)
+    proved = prove_isolation(loop.program.model, params, tokens, end)
+    if jax.process_index() == 0:
+        said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
+        proven = "no token of the first batch sees another document, by gradient"
+        print_line(f"{proven} ({said})" if proved.shared_rows else f"the first batch cannot prove masking: {said}")
+
+
+class Figures:
+    """Fetches a step's metrics when the next step is under way, and passes them to the trackers."""
+
+    def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
+        self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
+        self._pending: tuple[int, Metrics] | None = None
+        shapes = parameter_shapes(loop.run.model)
+        self._flops = flops_per_token(loop.run)
+        self._kinds = [device.device_kind for device in loop.mesh.devices.flat]
+        self._facts = {
+            "devices": len(self._kinds),
+            "device_kind": self._kinds[0],
+            "processes": jax.process_count(),
+            "parameters": flops.count_parameters(shapes, loop.run.model.vocab_size).total,
+            "flops_per_token": self._flops,
+            **runtime.compiled_with(),
+        }
+        self._sizes = loop.data.batches.sizes
+        self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
+        self._tracker = Several([])
+        self._pace = Pace(pulse, lambda text: self._tracker.message(text))
+        self.diverged = ""  # why the run must stop
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        if jax.process_index() == 0:
+            sinks = open_sinks(self._run.sinks, self._folder.path, to_json(self._run), self._first)
+            lines = JsonLines(self._folder.metrics, self._first)
+            session = Session(self._folder.sessions, self._first, self._facts)
+            self._tracker = Several([Console(self._run.steps, self._first), lines, session, *sinks])
+        self._pulse.begin(self._first)
+        try:
+            yield
+        finally:
+            self._tracker.close()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self.flush()
+        self._pending = step, metrics
+        if self._pace.several and self._logs(step):
+            self.flush()  # with nothing under way, for the comparison of the processes
+
+    @contextmanager
+    def evaluating(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """Yields what takes the figures of an evaluation, whose time does not count as training."""
+        self.flush()
+        begun = time.monotonic()
+        with self._pulse.busy(EVALUATING):
+            yield lambda figures: self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+        self._since = self._since[0], self._since[1] + time.monotonic() - begun
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        with self._pulse.waiting():
+            fetched = jax.device_get(metrics)
+        self._pulse.beat(step)
+        self._replicas.compare_gradients(step, fetched.pop("inspected", None))
+        values: dict[str, Any] = {name: float(value) for name, value in fetched.items()}
+        why = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
+        self.diverged = self.diverged or why  # the step under way when it was found may be a good one
+        values["skipped_steps"] = int(values["skipped_steps"])
+        if self._logs(step):
+            values |= {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
+            self._tracker.log(step, values | self._pace.metrics(step))
+
+    def _logs(self, step: int) -> bool:
+        run = self._run
+        return step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps)
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Since the last logged step; the first of a run counts its compilation."""
+        (begun, since), now = self._since, time.monotonic()
+        self._since = step, now
+        speed = (self._tokens(step) - self._tokens(begun)) / (now - since)
+        utilisation = flops.mfu(speed, self._flops, self._kinds)
+        return {"tokens_per_second": speed} | ({} if utilisation is None else {"mfu": utilisation})
+
+    def _tokens(self, step: int) -> int:
+        return self._sizes.before(step) * self._run.sequence_length
+
+
+def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
+    """Why a run must not go on after so many steps that were skipped, in words, or "" where it may."""
+    floor = run.precision.loss_scaling.floor
+    if skipped_in_a_row and loss_scale is not None and loss_scale <= floor:
+        return (
+            f"float16 overflowed although the loss scale has fallen to its floor, {floor:g}. Lower --optim.peak-lr "
+            "or lengthen --optim.warmup-steps; or choose another --precision.compute, with a new --run-dir"
+        )
+    if skipped_in_a_row >= run.max_bad_steps:
+        return (
+            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. "
+            "Lower --optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32) "
+            "with a new --run-dir"
+        )
+    return ""
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step that is True once SIGINT or SIGTERM came. A second SIGINT interrupts at once.
+
+    Of several processes all stop after the same step, whichever got the signal; JAX receives it there.
+    """
+    if processes.several():
+        yield processes.asked_to_stop
+        return
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        del frame
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda step: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_finished(run: Run, folder: RunFolder, step: int) -> bool:
+    """Whether the run's last files are there, and of this step: a kill may have come before them."""
+    wanted = [folder.plot] + [folder.samples] * bool(run.samples.prompts) + [folder.export] * (run.export != "none")
+    return folder.finished_step() == step and all(path.exists() for path in wanted)
+
+
+def _to_go_on(command: str) -> str:
+    """The command, without what would make it start afresh."""
+    return re.sub(r" --resume[ =]never\b", "", command) or "the same command"
+
+
+def _finished_already(run: Run, folder: RunFolder, step: int) -> str:
+    return (
+        f"this run is finished: step {step:,} of {run.steps:,}; its files are in {folder.path}\n"
+        f"  longer: --steps {run.steps * 2}    afresh: --resume never (sets this run aside)    elsewhere: --run-dir DIR"
+    )
+
+
+def print_line(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    del text

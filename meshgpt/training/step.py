@@ -1,0 +1,166 @@
+"""One training step: gradients of a summed loss over microbatches, one clipped update, one compiled program.
+
+Legend: A microbatches accumulated, M rows of a microbatch, T tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from meshgpt.models.precision import (
+    LossScale,
+    Precision,
+    stochastic_round,
+)
+from meshgpt.objectives.loss import Loss
+from meshgpt.optim.config import (
+    Optimizer,
+    learning_rate,
+)
+from meshgpt.trees import Tree
+
+Metrics: TypeAlias = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    step: steps taken, skipped ones too. skipped: steps whose loss or gradient was not finite, which left parameters
+    and optimizer untouched. streak: how many of those came last, in a row. loss_scale: of float16, else None.
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    skipped: jax.Array
+    streak: jax.Array
+    loss_scale: LossScale | None = None
+
+    def items(self) -> dict[str, Tree]:
+        """The state as checkpoints keep it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision()) -> TrainState:
+    """The state that starts from given parameters."""
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    scale = LossScale.fresh(precision.loss_scaling) if precision.scales_loss else None
+    return TrainState(zero(), params, optim.direction().init(params), zero(), zero(), scale)
+
+
+def make_train_step(
+    loss: Loss,
+    optim: Optimizer,
+    total_steps: int,
+    dropout_key: jax.Array | None,
+    precision: Precision = Precision(),
+    rounding_key: jax.Array | None = None,
+    inspect: Callable[[Tree, jax.Array], jax.Array] | None = None,
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """step(state, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics), to be jitted with the state donated.
+
+    `rounding_key` is for parameters that are rounded stochastically. Where there is an `inspect`, what it makes of the
+    gradients (sums over tokens) and the number of the step, from 1, is the metric `inspected`. Other metrics, scalars:
+    `loss` (mean nats a token), `grad_norm` (before clipping), `learning_rate`, `tokens` (weights summed),
+    `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this step).
+    """
+    rate = learning_rate(optim, total_steps)
+    direction = optim.direction()
+
+    def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
+        key, scale = _folded(dropout_key, state.step), state.loss_scale
+        total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
+        inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
+        norm = global_norm(gradients) / weight
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        # One factor does both: from sum to mean, and the clipping.
+        clip = jnp.minimum(1.0, optim.clip_norm / norm) if optim.clip_norm else jnp.float32(1.0)
+        factor = clip / weight
+        gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
+            updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
+            lr = jnp.asarray(rate(state.step), jnp.float32)
+        params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
+        bad = jnp.where(finite, 0, 1)
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params),
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
+            streak=jnp.where(finite, 0, state.streak + 1),
+            loss_scale=scale and scale.after(finite, precision.loss_scaling),
+        )
+        metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
+        metrics |= {"loss_scale": scale.value} if scale else {}
+        return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
+
+    return train_step
+
+
+def _folded(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, step)
+
+
+def _updated(params: Tree, updates: Tree, lr: jax.Array, rounding_key: jax.Array | None) -> Tree:
+    """p - lr u in float32, rounded to the parameters' dtypes: to nearest, or stochastically where there is a key."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = [None] * len(leaves) if rounding_key is None else list(jax.random.split(rounding_key, len(leaves)))
+
+    def one(p: jax.Array, u: jax.Array, key: jax.Array | None) -> jax.Array:
+        new = p.astype(jnp.float32) - lr * u.astype(jnp.float32)
+        return new.astype(p.dtype) if key is None or p.dtype == jnp.float32 else stochastic_round(new, key)
+
+    return structure.unflatten(map(one, leaves, structure.flatten_up_to(updates), keys))
+
+
+def _accumulate(
+    loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """Sums of loss, weights and gradients over the leading axis of tokens and weights."""
+
+    def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+        micro = None if key is None else jax.random.fold_in(key, index)
+        if scale is None:
+            (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
+            return total, weight, gradients
+        # It is the mean that is scaled: in float16 a sum over thousands of tokens would overflow by itself.
+        factor = scale / jnp.sum(weights)
+
+        def scaled(params: Tree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            total, weight = loss(params, tokens, weights, micro)
+            return total * factor, (total, weight)
+
+        (_, (total, weight)), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
+        return total, weight, jax.tree.map(lambda g: g / factor.astype(g.dtype), gradients)
+
+    count = tokens.shape[0]
+    if count == 1:
+        return one(tokens[0], weights[0], jnp.int32(0))
+
+    def body(sums: Tree, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, sums, one(*xs)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(body, zeros, (tokens, weights, jnp.arange(count)))[0]
+
+
+def make_eval_step(loss: Loss) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """step(params, tokens (M, T + 1), weights (M, T)) -> (sum of nats, sum of weights), without dropout."""
+
+    def eval_step(params: Tree, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return loss(params, tokens, weights, None)
+
+    return eval_step
+
+
+def global_norm(tree: Tree) -> jax.Array:
+    """The Euclidean norm of all leaves together, in float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
