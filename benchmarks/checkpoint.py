@@ -27,19 +27,10 @@ import record
 from jax.sharding import PartitionSpec
 
 from meshgpt import runtime
-from meshgpt.checkpoint.manager import (
-    Checkpointer,
-    Checkpointing,
-)
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.checkpoint.manager import Checkpointer, Checkpointing
+from meshgpt.config import Data, Run
 from meshgpt.distributed import processes as hosts
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.training.program import Program
 

@@ -94,15 +94,9 @@ def ours(task: str, folder: Path) -> list[Row]:
     import jax.numpy as jnp
     import numpy as np
 
-    from meshgpt import (
-        convert,
-        trees,
-    )
+    from meshgpt import convert, trees
     from meshgpt.data.tokenizer import train_bpe
-    from meshgpt.distributed.mesh import (
-        MeshShape,
-        make_mesh,
-    )
+    from meshgpt.distributed.mesh import MeshShape, make_mesh
     from meshgpt.models.model import Model
     from meshgpt.models.precision import Precision
 

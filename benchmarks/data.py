@@ -17,21 +17,11 @@ import numpy as np
 import record
 
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.mixture import (
-    Schedule,
-    Source,
-    Stage,
-)
+from meshgpt.data.mixture import Schedule, Source, Stage
 from meshgpt.data.pipeline import Batches
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.records import Sequences
-from meshgpt.data.store import (
-    Split,
-    Store,
-)
+from meshgpt.data.store import Split, Store
 
 
 def batches_of(split: Split, sources: int, seq_len: int, rows: int) -> Batches:

@@ -15,19 +15,12 @@ import record
 
 from meshgpt import runtime
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
 from meshgpt.objectives.distillation import Distill
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 from meshgpt.train import train
 from meshgpt.training.trackers import read_json_lines
 

@@ -22,23 +22,14 @@ import record
 import torch
 import transformers
 
-from meshgpt.convert.hf_names import (
-    stored_tensors,
-    to_stored,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.convert.hf_names import stored_tensors, to_stored
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.inference.generate import Generator
 from meshgpt.inference.sampling import Sampling
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.model import Model
 from meshgpt.models.precision import Precision
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.trees import Tree, leaves_with_names
 
 CORES = len(os.sched_getaffinity(0))  # those that `taskset` leaves
 # New tokens of each row, for (prompts, how many).

@@ -17,15 +17,8 @@ import numpy as np
 import record
 
 from meshgpt import runtime
-from meshgpt.config import (
-    Data,
-    Run,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-    spec,
-)
+from meshgpt.config import Data, Run
+from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
 from meshgpt.objectives.loss import NextToken

@@ -13,21 +13,11 @@ import record
 
 from meshgpt import runtime
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPTJConfig
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Cosine,
-    Optimizer,
-)
+from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit, Cosine, Optimizer
 from meshgpt.train import train
 from meshgpt.training.trackers import read_json_lines
 

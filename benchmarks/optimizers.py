@@ -17,21 +17,10 @@ import jax.numpy as jnp
 import record
 
 from meshgpt import trees
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.model import Model
-from meshgpt.optim.config import (
-    Adafactor,
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Lion,
-    Muon,
-    Optimizer,
-)
+from meshgpt.optim.config import Adafactor, AdamW, AdamW4bit, AdamW8bit, Lion, Muon, Optimizer
 from meshgpt.training.step import global_norm
 from meshgpt.trees import Tree
 

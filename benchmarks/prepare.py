@@ -17,14 +17,8 @@ from pathlib import Path
 
 import record
 
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
-from meshgpt.data.tokenizer import (
-    load_tokenizer,
-    train_sentencepiece,
-)
+from meshgpt.data.prepare import Prepare, prepare
+from meshgpt.data.tokenizer import load_tokenizer, train_sentencepiece
 
 
 def read_documents(paths: list[Path], size: int) -> list[str]:

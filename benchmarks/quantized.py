@@ -19,31 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import record
 
-from meshgpt import (
-    convert,
-    runtime,
-)
-from meshgpt.convert.hf_names import (
-    Stored,
-    stored_tensors,
-)
-from meshgpt.data.tokenizer import (
-    ByteLevelBPE,
-    train_bpe,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-    spec,
-)
-from meshgpt.inference.generate import (
-    Sampling,
-    generate_text,
-)
-from meshgpt.models.model import (
-    GPT2Config,
-    Model,
-)
+from meshgpt import convert, runtime
+from meshgpt.convert.hf_names import Stored, stored_tensors
+from meshgpt.data.tokenizer import ByteLevelBPE, train_bpe
+from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
+from meshgpt.inference.generate import Sampling, generate_text
+from meshgpt.models.model import GPT2Config, Model
 from meshgpt.models.precision import Precision
 from meshgpt.trees import Tree
 

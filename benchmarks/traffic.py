@@ -13,17 +13,11 @@ import re
 
 import record
 
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.config import Data, Run
 from meshgpt.hardware import topologies
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
-from meshgpt.planning import (
-    aot,
-    hlo,
-)
+from meshgpt.planning import aot, hlo
 
 _MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)")

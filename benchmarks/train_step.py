@@ -23,34 +23,15 @@ import record
 import torch
 import transformers
 
-from meshgpt.convert.hf_names import (
-    stored_tensors,
-    to_stored,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-    spec,
-)
+from meshgpt.convert.hf_names import stored_tensors, to_stored
+from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import Model
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-)
-from meshgpt.training.step import (
-    from_params,
-    make_train_step,
-)
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
+from meshgpt.optim.config import AdamW, Constant
+from meshgpt.training.step import from_params, make_train_step
+from meshgpt.trees import Tree, leaves_with_names
 
 OPTIM = AdamW(peak_lr=3e-4, warmup_steps=0, schedule=Constant())
 OVERHEAD_CALLS = 200

@@ -15,17 +15,11 @@ GPT2 is a folder with GPT-2's tokenizer. Memory and time on what you have:
 `meshgpt compile configs/distilgpt2.py --topology v5e-8`.
 """
 
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.config import Data, Run
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
 from meshgpt.objectives.distillation import Distill
-from meshgpt.optim.config import (
-    AdamW,
-    Linear,
-)
+from meshgpt.optim.config import AdamW, Linear
 
 
 def config() -> Run:

@@ -12,21 +12,11 @@ is not said: a line here).
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
-from meshgpt.data.mixture import (
-    Source,
-    Stage,
-)
+from meshgpt.config import Data, Run, Samples
+from meshgpt.data.mixture import Source, Stage
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Linear,
-)
+from meshgpt.optim.config import AdamW, Linear
 
 
 def config() -> Run:

@@ -13,16 +13,9 @@ text from the web and falls from the first evaluation on; if it starts near 11, 
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.models.model import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Linear,
-)
+from meshgpt.optim.config import AdamW, Linear
 
 
 def config() -> Run:

@@ -19,25 +19,12 @@ A5000s it was plain AdamW: `two_cards`.
 import dataclasses
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
-from meshgpt.data.mixture import (
-    Source,
-    Stage,
-)
+from meshgpt.config import Data, Run, Samples
+from meshgpt.data.mixture import Source, Stage
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
 from meshgpt.models.precision import Precision
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Piece,
-    Piecewise,
-)
+from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit, Piece, Piecewise
 
 PEAK = 4e-4
 SCHEDULE = Piecewise(

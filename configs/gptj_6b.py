@@ -12,19 +12,12 @@ Data: a token store at data/pile in GPT-2's tokens, `meshgpt prepare TEXT --toke
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPTJConfig
 from meshgpt.objectives.loss import NextToken
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 
 
 def config() -> Run:

@@ -14,17 +14,10 @@ the weights or the tokenizer are others. The learning rates are those of Mesh-Tr
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPTJConfig
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 
 
 def config() -> Run:

@@ -15,18 +15,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-)
+from meshgpt.optim.config import AdamW, Constant
 
 FOLDER = Path("runs/ladder")
 VOCABULARY = 1024

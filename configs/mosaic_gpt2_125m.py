@@ -13,16 +13,9 @@ The published card gives sizes and tokens; the rest is from gpt2_125m.yaml in Co
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.models.model import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 
 
 def config() -> Run:

@@ -7,18 +7,11 @@ Hardware: any; two CPU cores take about five minutes. No download. Expected: val
 """
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPTJConfig
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 
 
 def config() -> Run:

@@ -2,7 +2,7 @@
 
 import sys
 
-from meshgpt.cli.main import main
+from meshgpt.cli.verbs import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,32 +7,17 @@ import typing
 from typing import Any, Literal, TypeAlias
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.data.mixture import (
-    Stage,
-    check_stages,
-)
+from meshgpt.data.mixture import Stage, check_stages
 from meshgpt.data.prepare import Prepare
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
-from meshgpt.models.layers import (
-    Execution,
-    check_documents,
-)
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-)
+from meshgpt.models.layers import Execution, check_documents
+from meshgpt.models.model import GPT2Config, GPTJConfig
 from meshgpt.models.precision import Precision
-from meshgpt.models.trainable import (
-    Full,
-    Trainable,
-)
+from meshgpt.models.trainable import Full, Trainable
 from meshgpt.objectives.distillation import Distill
 from meshgpt.objectives.loss import NextToken
-from meshgpt.optim.config import (
-    AdamW,
-    Optimizer,
-)
+from meshgpt.optim.config import AdamW, Optimizer
 
 Objective: TypeAlias = NextToken | Distill
 

@@ -3,24 +3,13 @@
 import dataclasses
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Evals,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Evals, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.models.model import GPTJConfig
 from meshgpt.objectives.loss import NextToken
-from meshgpt.optim.config import (
-    Constant,
-    InverseSqrt,
-    Optimizer,
-    Piecewise,
-    Schedule,
-)
+from meshgpt.optim.config import Constant, InverseSqrt, Optimizer, Piecewise, Schedule
 
 STEPS = 100
 VOCABULARY = 2048

@@ -35,10 +35,7 @@ def _no_mesh_stays_set() -> Iterator[None]:
 @pytest.fixture
 def on_mesh() -> Callable[[int, int, int], AbstractContextManager]:
     """on_mesh(data, fsdp, tensor) sets a mesh over as many devices as that takes."""
-    from meshgpt.distributed.mesh import (
-        MeshShape,
-        make_mesh,
-    )
+    from meshgpt.distributed.mesh import MeshShape, make_mesh
 
     def enter(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractContextManager:
         devices = jax.devices()[: math.prod((data, fsdp, tensor))]

@@ -15,20 +15,14 @@ import pytest
 import tiny
 
 from meshgpt import convert
-from meshgpt.data.tokenizer import (
-    ByteLevelBPE,
-    train_bpe,
-)
+from meshgpt.data.tokenizer import ByteLevelBPE, train_bpe
 from meshgpt.evals.scoring import Scorer
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.model import ModelConfig
 from meshgpt.models.precision import Precision
 from meshgpt.training import finish
-from meshgpt.training.load import (
-    Trained,
-    open_trained,
-)
+from meshgpt.training.load import Trained, open_trained
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 CONTEXT = 64

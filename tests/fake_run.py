@@ -4,16 +4,9 @@ import json
 import math
 from pathlib import Path
 
-from meshgpt.config import (
-    Data,
-    Run,
-    to_json,
-)
+from meshgpt.config import Data, Run, to_json
 from meshgpt.models.gpt2 import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Cosine,
-)
+from meshgpt.optim.config import AdamW, Cosine
 
 TINY = GPT2Config(vocab_size=500, n_positions=64, n_layers=2, n_heads=2, d_model=32)
 SESSION = {

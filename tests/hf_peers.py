@@ -13,22 +13,10 @@ import torch
 import transformers
 from flax import nnx
 
-from meshgpt import (
-    convert,
-    trees,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
-from meshgpt.models.gpt2 import (
-    GPT2,
-    GPT2Config,
-)
-from meshgpt.models.gptj import (
-    GPTJ,
-    GPTJConfig,
-)
+from meshgpt import convert, trees
+from meshgpt.distributed.mesh import MeshShape, make_mesh
+from meshgpt.models.gpt2 import GPT2, GPT2Config
+from meshgpt.models.gptj import GPTJ, GPTJConfig
 from meshgpt.models.layers import Execution
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 97, (8, 12), dtype=np.int32)

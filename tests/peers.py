@@ -8,10 +8,7 @@ import torch
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.models.model import ModelConfig
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
 from meshgpt.trees import Tree
 
 

@@ -21,13 +21,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from meshgpt import train
+from meshgpt import cli, train
 from meshgpt.checkpoint.manager import restore_params
-from meshgpt.cli import main
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.models.model import Model
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import leaves_with_names
@@ -146,7 +142,7 @@ class Here:
         return self._ended(lambda: train.main([*map(str, arguments)]))
 
     def cli(self, *arguments: object) -> Ended:
-        return self._ended(lambda: main.main([*map(str, arguments)]))
+        return self._ended(lambda: cli.main([*map(str, arguments)]))
 
     def _ended(self, command: Callable[[], int]) -> Ended:
         self.capture.readouterr()
@@ -200,10 +196,7 @@ def losses(run: Path) -> list[tuple[int, float, float | None]]:
 
 def saved_params(run: Path, step: int) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint, by name."""
-    from meshgpt.distributed.mesh import (
-        MeshShape,
-        make_mesh,
-    )
+    from meshgpt.distributed.mesh import MeshShape, make_mesh
 
     folder = RunFolder(run)
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):

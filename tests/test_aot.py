@@ -9,34 +9,17 @@ from pathlib import Path
 import jax
 import pytest
 
-from meshgpt import recipe
-from meshgpt.cli import main
-from meshgpt.cli.compile import (
-    candidates,
-    describe,
-    expected,
-    nearest,
-    ranked,
-    search,
-)
+from meshgpt import cli, recipe
+from meshgpt.cli.compile import candidates, describe, expected, nearest, ranked, search
 from meshgpt.config import Run
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.hardware import topologies
 from meshgpt.models import flops
 from meshgpt.models.attention_kernels import pick_kernel
-from meshgpt.models.model import (
-    GPTJConfig,
-    parameter_shapes,
-)
-from meshgpt.planning import (
-    aot,
-    hlo,
-)
-from meshgpt.planning.aot import (
-    Proof,
-    TooLargeError,
-)
+from meshgpt.models.model import GPTJConfig, parameter_shapes
+from meshgpt.planning import aot, hlo
+from meshgpt.planning.aot import Proof, TooLargeError
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/gptj_6b.py"
@@ -277,11 +260,11 @@ def test_the_verb_prints_figures_and_names_mistakes(capsys: pytest.CaptureFixtur
         "data=Data(), steps=1000, global_batch=8)\n"
     )
     flags = ["compile", str(small), "--topology", "v5e-4", "--effort", "low"]
-    assert main.main([*flags, "--json"]) == 0
+    assert cli.main([*flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["devices"], said["attention"], said["mesh"]["data"]) == (4, "splash", 4)
     assert said["memory"]["peak"] > said["memory"]["parameters"]
-    assert main.main([*flags, "--json", "--data.mask-documents"]) == 0  # by segment ids, not by a T x T mask
+    assert cli.main([*flags, "--json", "--data.mask-documents"]) == 0  # by segment ids, not by a T x T mask
     masked = json.loads(capsys.readouterr().out)
     assert masked["attention"] == "splash"
     assert masked["memory"]["peak"] < 1.1 * said["memory"]["peak"]
@@ -291,7 +274,7 @@ def test_the_verb_prints_figures_and_names_mistakes(capsys: pytest.CaptureFixtur
         ([*flags[:3], "v5e-5"], "no such slice can be rented"),
         ([*flags, "--mesh.tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 needs a multiple of 3 devices"),
     ):
-        assert main.main(arguments) == 2
+        assert cli.main(arguments) == 2
         assert words in capsys.readouterr().err
 
 

@@ -4,14 +4,7 @@ import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from meshgpt.distributed.mesh import (
-    RULES,
-    MeshShape,
-    Rules,
-    gathered,
-    make_mesh,
-    spec,
-)
+from meshgpt.distributed.mesh import RULES, MeshShape, Rules, gathered, make_mesh, spec
 from meshgpt.errors import UserError
 
 

@@ -10,11 +10,7 @@ import tiny
 import torch
 
 from meshgpt.distributed.mesh import spec
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-    attend_cached,
-)
+from meshgpt.models.kv_cache import LayerCache, Slots, attend_cached
 
 HEADS, SIZE, SLOTS = 4, 8, 12
 

@@ -20,28 +20,13 @@ import pytest
 import runs
 from runs import Here, Workshop
 
-from meshgpt import train
-from meshgpt.chaos import (
-    faults,
-    proof,
-)
-from meshgpt.chaos.disk import (
-    Disk,
-    small_disk,
-)
-from meshgpt.chaos.faults import (
-    Fault,
-    Injector,
-    Kind,
-    plan,
-)
+from meshgpt.chaos import faults, proof
+from meshgpt.chaos.disk import Disk, small_disk
+from meshgpt.chaos.faults import Fault, Injector, Kind, plan
 from meshgpt.checkpoint import manifest
+from meshgpt.checkpoint.manager import Checkpointer
 from meshgpt.data.pipeline import Batches
-from meshgpt.distributed.heartbeat import (
-    SAVING,
-    STEPPING,
-    Sign,
-)
+from meshgpt.distributed.heartbeat import SAVING, STEPPING, Sign
 from meshgpt.distributed.supervisor import Scene
 from meshgpt.training.data import open_run
 
@@ -274,16 +259,16 @@ def test_a_run_killed_right_after_a_save_has_all_its_metrics(
     workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What `meshgpt chaos` found: the figures of a step were written after its checkpoint, and by nobody then."""
-    save = train.Checkpointer.save
+    save = Checkpointer.save
 
-    def killed(checkpoints: train.Checkpointer, *arguments: Any) -> None:
+    def killed(checkpoints: Checkpointer, *arguments: Any) -> None:
         save(checkpoints, *arguments)
         checkpoints.wait()
         raise KeyboardInterrupt
 
     flags = (workshop.recipe(tmp_path), "--run-dir", tmp_path / "run", "--steps", 8, "--export", "none")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Checkpointer, "save", killed)
+        patch.setattr(Checkpointer, "save", killed)
         assert here.train(*flags).code == 130
     assert "resuming from step 5" in here.train(*flags).out
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == list(range(1, 9))

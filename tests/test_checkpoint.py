@@ -22,13 +22,7 @@ from absl import logging as absl_logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshgpt.checkpoint import manifest
-from meshgpt.checkpoint.manager import (
-    Checkpointer,
-    Checkpointing,
-    latest_step,
-    read_metadata,
-    restore_params,
-)
+from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, latest_step, read_metadata, restore_params
 from meshgpt.errors import UserError
 
 KEEP_ALL = Checkpointing(every=1, keep=100)

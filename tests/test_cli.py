@@ -8,7 +8,8 @@ import pytest
 from runs import Here
 
 import meshgpt
-from meshgpt.cli import main
+from meshgpt import cli
+from meshgpt.cli import verbs
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], ["--version"], ["tran"]], ids=str)
@@ -23,14 +24,14 @@ def test_what_needs_no_jax_imports_none(arguments: list[str]):
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]):
-    assert main.main(["--help"]) == 0
+    assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {verb} " in said for verb in main.VERBS)
-    assert main.VERBS.keys() >= {"train", "prepare", "generate", "export", "doctor"}
+    assert all(f"\n  {verb} " in said for verb in verbs.VERBS)
+    assert verbs.VERBS.keys() >= {"train", "prepare", "generate", "export", "doctor"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
-    assert main.main(["--version"]) == 0
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"meshgpt {meshgpt.__version__}\n"
 
 

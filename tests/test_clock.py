@@ -4,15 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshgpt.distributed.heartbeat import (
-    EVALUATING,
-    SAVING,
-)
-from meshgpt.training.step_timer import (
-    COMPILING,
-    DATA,
-    Clock,
-)
+from meshgpt.distributed.heartbeat import EVALUATING, SAVING
+from meshgpt.training.step_timer import COMPILING, DATA, Clock
 
 
 def test_shares_of_a_loop():

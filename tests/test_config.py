@@ -7,30 +7,14 @@ import pytest
 import tiny
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-    differences,
-    from_json,
-    may_differ,
-    to_json,
-)
+from meshgpt.config import Data, Run, Samples, differences, from_json, may_differ, to_json
 from meshgpt.data.prepare import Prepare
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Execution
 from meshgpt.models.precision import Precision
 from meshgpt.objectives.loss import NextToken
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-    Cosine,
-    InverseSqrt,
-    Linear,
-    Piece,
-    Piecewise,
-)
+from meshgpt.optim.config import AdamW, Constant, Cosine, InverseSqrt, Linear, Piece, Piecewise
 
 RUN = Run(model=tiny.GPTJ, data=Data(store="a store"), steps=10, global_batch=8)
 PIECES = (Piece(steps=3, to=1.0), Piece(steps=4, to=0.5, shape="cosine"), Piece(steps=1, to=0.0, shape="constant"))

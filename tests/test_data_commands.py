@@ -10,27 +10,15 @@ import numpy as np
 import pytest
 
 from meshgpt.cli.data import data as command
-from meshgpt.config import (
-    Data,
-    Run,
-)
-from meshgpt.data.mixture import (
-    Source,
-    Stage,
-)
+from meshgpt.config import Data, Run
+from meshgpt.data.mixture import Source, Stage
 from meshgpt.data.packing import pack
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.distributed.batch import Feed
 from meshgpt.errors import UserError
 from meshgpt.models.model import GPT2Config
-from meshgpt.training.data import (
-    RunData,
-    open_run_data,
-)
+from meshgpt.training.data import RunData, open_run_data
 from meshgpt.training.run_folder import RunFolder
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))

@@ -11,20 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.mixture import (
-    Interleave,
-    Schedule,
-    Source,
-    Stage,
-    check_stages,
-    integer_weights,
-)
+from meshgpt.data.mixture import Interleave, Schedule, Source, Stage, check_stages, integer_weights
 from meshgpt.data.permutation import Permutation
 from meshgpt.data.pipeline import Batches
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.records import Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError

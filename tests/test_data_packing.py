@@ -9,20 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshgpt.data.packing import (
-    PIECE,
-    pack,
-    plan,
-    plan_files,
-)
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
-from meshgpt.data.records import (
-    Packed,
-    Sequences,
-)
+from meshgpt.data.packing import PIECE, pack, plan, plan_files
+from meshgpt.data.prepare import Prepare, prepare
+from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 

@@ -10,24 +10,10 @@ import numpy as np
 import pytest
 
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.mixture import (
-    Schedule,
-    Source,
-    Stage,
-)
-from meshgpt.data.pipeline import (
-    Batches,
-    EvalBatches,
-    _permutation,
-)
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
-from meshgpt.data.records import (
-    Records,
-    Sequences,
-)
+from meshgpt.data.mixture import Schedule, Source, Stage
+from meshgpt.data.pipeline import Batches, EvalBatches, _permutation
+from meshgpt.data.prepare import Prepare, prepare
+from meshgpt.data.records import Records, Sequences
 from meshgpt.data.store import Split
 from meshgpt.errors import UserError
 

@@ -20,17 +20,10 @@ import pytest
 import zstandard
 
 from meshgpt.data.documents import split_hash
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.data.text_files import list_files
-from meshgpt.data.tokenizer import (
-    load_tokenizer,
-    train_bpe,
-    train_sentencepiece,
-)
+from meshgpt.data.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
 from meshgpt.errors import UserError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

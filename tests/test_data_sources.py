@@ -23,10 +23,7 @@ from hypothesis import strategies as st
 
 from meshgpt.data import long_line
 from meshgpt.data.long_line import LongLine
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import train_bpe
 from meshgpt.errors import UserError

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import train_bpe
 from meshgpt.errors import UserError

@@ -11,16 +11,10 @@ import tiny
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.models.decoder import (
-    Shape,
-    single_blocks,
-)
+from meshgpt.models.decoder import Shape, single_blocks
 from meshgpt.models.kv_cache import Slots
 from meshgpt.models.model import ModelConfig
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
 
 F32 = jnp.float32
 

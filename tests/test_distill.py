@@ -14,21 +14,10 @@ from meshgpt import trees
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Head
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-    Model,
-    ModelConfig,
-)
+from meshgpt.models.model import GPT2Config, GPTJConfig, Model, ModelConfig
 from meshgpt.models.precision import Precision
-from meshgpt.objectives.distillation import (
-    Distill,
-    chosen_layers,
-)
-from meshgpt.objectives.loss import (
-    Teacher,
-    summed,
-)
+from meshgpt.objectives.distillation import Distill, chosen_layers
+from meshgpt.objectives.loss import Teacher, summed
 
 DEEP = dataclasses.replace(tiny.GPT2, n_layers=4)
 TOKENS = np.random.default_rng(3).integers(0, tiny.VOCAB, (8, 13), dtype=np.int32)

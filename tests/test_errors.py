@@ -7,10 +7,7 @@ import sys
 
 import pytest
 
-from meshgpt.errors import (
-    UserError,
-    exit_code,
-)
+from meshgpt.errors import UserError, exit_code
 
 
 def raising(error: BaseException):
@@ -52,7 +49,7 @@ def test_our_own_mistakes_keep_their_traceback():
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    program = "import sys; from meshgpt.cli.main import main; sys.exit(max(main(['--help']) for _ in range(999)))"
+    program = "import sys; from meshgpt.cli import main; sys.exit(max(main(['--help']) for _ in range(999)))"
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, env=os.environ)
     assert process.stdout is not None

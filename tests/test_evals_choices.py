@@ -11,17 +11,8 @@ from lm_eval.tasks.hellaswag.utils import process_docs
 
 import meshgpt.evals.choices as module
 from meshgpt.errors import UserError
-from meshgpt.evals.choices import (
-    Accuracy,
-    Question,
-    choose,
-    read_questions,
-)
-from meshgpt.evals.files import (
-    read_json_lines,
-    read_texts,
-    stem,
-)
+from meshgpt.evals.choices import Accuracy, Question, choose, read_questions
+from meshgpt.evals.files import read_json_lines, read_texts, stem
 from meshgpt.evals.requests import Request
 from meshgpt.evals.scoring import Score
 

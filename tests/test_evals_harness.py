@@ -19,14 +19,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
 from meshgpt.errors import UserError
-from meshgpt.evals import (
-    choices,
-    harness,
-)
-from meshgpt.evals.lm import (
-    Answers,
-    harness_lm,
-)
+from meshgpt.evals import choices, harness
+from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.perplexity import measure
 from meshgpt.evals.results import Results
 

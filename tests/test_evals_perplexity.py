@@ -12,10 +12,7 @@ import torch
 from eval_peers import silent
 
 from meshgpt.errors import UserError
-from meshgpt.evals.perplexity import (
-    Perplexity,
-    measure,
-)
+from meshgpt.evals.perplexity import Perplexity, measure
 from meshgpt.evals.scoring import Scorer
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.precision import Precision

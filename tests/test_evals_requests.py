@@ -8,11 +8,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import (
-    Request,
-    pair_requests,
-    windows,
-)
+from meshgpt.evals.requests import Request, pair_requests, windows
 
 EOT = 0
 

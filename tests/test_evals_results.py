@@ -11,10 +11,7 @@ from meshgpt.errors import UserError
 from meshgpt.evals import results
 from meshgpt.evals.choices import Accuracy
 from meshgpt.evals.perplexity import Perplexity
-from meshgpt.report.evals import (
-    Result,
-    read_evals,
-)
+from meshgpt.report.evals import Result, read_evals
 
 HARNESS = {
     "results": {

@@ -13,11 +13,7 @@ from eval_peers import silent
 from meshgpt.errors import UserError
 from meshgpt.evals import scoring
 from meshgpt.evals.requests import Request
-from meshgpt.evals.scoring import (
-    Scorer,
-    batches,
-    padded,
-)
+from meshgpt.evals.scoring import Scorer, batches, padded
 from meshgpt.models.model import ModelConfig
 from meshgpt.models.precision import Precision
 

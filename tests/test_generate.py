@@ -12,11 +12,7 @@ from meshgpt.data.tokenizer import train_bpe
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.inference import generate as module
-from meshgpt.inference.generate import (
-    Generator,
-    generate,
-    generate_text,
-)
+from meshgpt.inference.generate import Generator, generate, generate_text
 from meshgpt.inference.sampling import Sampling
 from meshgpt.models.model import ModelConfig
 from meshgpt.models.precision import Precision

@@ -10,11 +10,8 @@ import hf_peers
 import numpy as np
 import pytest
 
-from meshgpt.cli import main
-from meshgpt.data.tokenizer import (
-    train_bpe,
-    train_sentencepiece,
-)
+from meshgpt import cli
+from meshgpt.data.tokenizer import train_bpe, train_sentencepiece
 from meshgpt.models.gpt2 import GPT2Config
 
 VOCAB = 320
@@ -32,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(source: Path, out: Path, kind: str, *flags: str) -> gguf.GGUFReader:
-    assert main.main(["quantize", str(source), "--format", f"gguf-{kind}", "--out", str(out), *flags]) == 0
+    assert cli.main(["quantize", str(source), "--format", f"gguf-{kind}", "--out", str(out), *flags]) == 0
     return gguf.GGUFReader(out / f"model-{kind}.gguf")
 
 
@@ -101,7 +98,7 @@ def test_sentencepiece_is_refused(source: Path, tmp_path: Path, capsys: pytest.C
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes((source / name).read_bytes())
     train_sentencepiece([TEXT], VOCAB + 30).save(folder)
-    assert main.main(["quantize", str(folder), "--format", "gguf-q8_0", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["quantize", str(folder), "--format", "gguf-q8_0", "--out", str(tmp_path / "out")]) == 2
     assert "byte-level BPE" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -110,6 +107,6 @@ def test_without_the_package(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert main.main(["quantize", str(source), "--format", "gguf-q8_0", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["quantize", str(source), "--format", "gguf-q8_0", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'meshgpt[gguf]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -31,18 +31,9 @@ from hf_peers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshgpt import (
-    convert,
-    trees,
-)
-from meshgpt.convert import (
-    atomic_folder,
-    safetensor,
-)
-from meshgpt.convert.hf_names import (
-    by_path,
-    stored_tensors,
-)
+from meshgpt import convert, trees
+from meshgpt.convert import atomic_folder, safetensor
+from meshgpt.convert.hf_names import by_path, stored_tensors
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config

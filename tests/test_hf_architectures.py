@@ -13,10 +13,7 @@ from hf_peers import MESH, Words, live, our_logits, peer, torch_logits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from meshgpt import (
-    convert,
-    trees,
-)
+from meshgpt import convert, trees
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig

@@ -9,30 +9,16 @@ import pytest
 import torch
 from hf_peers import GPT2_TINY, GPTJ_TINY, live, peer
 
-from meshgpt import (
-    convert,
-    recipe,
-)
+from meshgpt import convert, recipe
 from meshgpt.convert.adam_state import Moments
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.model import Model
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW8bit,
-    Lion,
-)
-from meshgpt.training.step import (
-    from_params,
-    make_eval_step,
-    make_train_step,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
+from meshgpt.optim.config import AdamW, AdamW8bit, Lion
+from meshgpt.training.step import from_params, make_eval_step, make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = pytest.mark.parametrize(

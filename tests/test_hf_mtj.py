@@ -9,27 +9,15 @@ import pytest
 import torch
 from hf_peers import MESH, ONE, assert_equal_trees, live, mtj_logits, mtj_shards, our_logits, peer, write_mtj
 
-from meshgpt import (
-    convert,
-    trees,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    spec,
-)
+from meshgpt import convert, trees
+from meshgpt.distributed.mesh import MeshShape, spec
 from meshgpt.errors import UserError
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.model import Model
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
 from meshgpt.optim.adam import AdamState
 from meshgpt.optim.config import AdamW
-from meshgpt.training.step import (
-    from_params,
-    make_train_step,
-)
+from meshgpt.training.step import from_params, make_train_step
 
 # Eleven layers, because layer_10 comes before layer_2.
 CONFIG = GPTJConfig(

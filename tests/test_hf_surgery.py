@@ -10,11 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshgpt import convert
-from meshgpt.convert.surgery import (
-    interpolated,
-    tiled,
-    with_mean_rows,
-)
+from meshgpt.convert.surgery import interpolated, tiled, with_mean_rows
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 

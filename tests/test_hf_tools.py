@@ -11,11 +11,7 @@ import transformers
 from hf_peers import GPT2_TINY, GPTJ_TINY, Words, live, our_logits, torch_logits
 
 from meshgpt import convert
-from meshgpt.data.tokenizer import (
-    SentencePiece,
-    train_bpe,
-    train_sentencepiece,
-)
+from meshgpt.data.tokenizer import SentencePiece, train_bpe, train_sentencepiece
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig

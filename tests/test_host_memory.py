@@ -18,22 +18,9 @@ from meshgpt.checkpoint import orbax_io
 from meshgpt.distributed import host_memory
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Execution
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW8bit,
-    Constant,
-    Optimizer,
-    resting,
-)
-from meshgpt.training.step import (
-    TrainState,
-    from_params,
-    make_train_step,
-)
+from meshgpt.objectives.loss import NextToken, next_token_loss
+from meshgpt.optim.config import AdamW, AdamW8bit, Constant, Optimizer, resting
+from meshgpt.training.step import TrainState, from_params, make_train_step
 
 
 def kinds(tree: Any) -> set[str]:

@@ -10,31 +10,17 @@ import pytest
 import torch
 from hf_peers import GPT2_TINY, GPTJ_TINY, peer
 
-from meshgpt import (
-    convert,
-    train,
-)
+from meshgpt import cli, convert, train
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.cli import main
-from meshgpt.config import (
-    Data,
-    Run,
-    Samples,
-)
+from meshgpt.config import Data, Run, Samples
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.tokenizer import train_bpe
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.precision import Precision
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-)
+from meshgpt.optim.config import AdamW, Constant
 from meshgpt.training.load import open_trained
-from meshgpt.training.pretrained import (
-    adopt,
-    import_model,
-)
+from meshgpt.training.pretrained import adopt, import_model
 from meshgpt.training.run_folder import RunFolder
 
 TEXT = Path(dataclasses.__file__).read_text()
@@ -103,11 +89,11 @@ def test_a_run_starts_from_their_weights_and_remembers_the_sizes(tmp_path, folde
 
 
 def test_import_is_what_transformers_computes(tmp_path, folder, on_mesh, capsys):
-    assert main.main(["import", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "ours")]) == 0
     assert "is ready" in capsys.readouterr().out
     with on_mesh(2, 2, 2):
         np.testing.assert_allclose(_logits(tmp_path / "ours"), _theirs(folder), atol=1e-4)
-    assert main.main(["import", str(folder), "--out", str(tmp_path / "ours")]) == 2
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "ours")]) == 2
     assert "exists" in capsys.readouterr().err
 
 

@@ -9,19 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.config import Data, Run
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models import layers
 from meshgpt.models.layers import Execution
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-    Model,
-)
+from meshgpt.models.model import GPT2Config, GPTJConfig, Model
 from meshgpt.objectives.document_mask import prove_isolation
 
 END = 5

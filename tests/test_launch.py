@@ -348,10 +348,10 @@ def local(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, str
 
 def test_local_is_the_supervisor(tmp_path: Path):
     assert local(tmp_path, "3", "r.py", "--steps", "5") == (
-        3, "cpu -m meshgpt.cli.main launch --processes 3 --devices 1 --port 0 r.py --steps 5\n"
+        3, "cpu -m meshgpt.cli launch --processes 3 --devices 1 --port 0 r.py --steps 5\n"
     )  # fmt: skip
     assert local(tmp_path, "2", "r.py", DEVICES="4", PORT="9000", LAUNCH="--elastic --max-restarts 20") == (
-        3, "cpu -m meshgpt.cli.main launch --processes 2 --devices 4 --port 9000 --elastic --max-restarts 20 r.py\n"
+        3, "cpu -m meshgpt.cli launch --processes 2 --devices 4 --port 9000 --elastic --max-restarts 20 r.py\n"
     )  # fmt: skip
     for arguments in ((), ("3",), ("none", "r.py")):
         code, out = local(tmp_path, *arguments)

@@ -18,10 +18,7 @@ from transformers.models.gptj import modeling_gptj
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.models import (
-    attention_kernels,
-    layers,
-)
+from meshgpt.models import attention_kernels, layers
 from meshgpt.models.layers import Execution
 from meshgpt.models.scan import run_stack
 

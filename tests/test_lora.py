@@ -12,15 +12,8 @@ import tiny
 import torch
 
 from meshgpt import trees
-from meshgpt.config import (
-    Data,
-    Run,
-)
-from meshgpt.convert.adapter import (
-    _modules,
-    _tensors,
-    export_adapter,
-)
+from meshgpt.config import Data, Run
+from meshgpt.convert.adapter import _modules, _tensors, export_adapter
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models import layers
@@ -28,19 +21,9 @@ from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.layers import Execution
 from meshgpt.models.lora import LowRank
 from meshgpt.models.model import ModelConfig
-from meshgpt.models.trainable import (
-    Full,
-    LastLayers,
-    LoRA,
-    Trainable,
-)
+from meshgpt.models.trainable import Full, LastLayers, LoRA, Trainable
 from meshgpt.objectives.loss import NextToken
-from meshgpt.optim.config import (
-    Adafactor,
-    AdamW4bit,
-    Muon,
-    Optimizer,
-)
+from meshgpt.optim.config import Adafactor, AdamW4bit, Muon, Optimizer
 from meshgpt.training.program import Program
 from meshgpt.trees import Tree
 

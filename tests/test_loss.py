@@ -13,11 +13,7 @@ import tiny
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Head
-from meshgpt.objectives.loss import (
-    NextToken,
-    cross_entropy,
-    token_log_likelihoods,
-)
+from meshgpt.objectives.loss import NextToken, cross_entropy, token_log_likelihoods
 
 B, T, D, VOCAB, PADDED = 4, 10, 8, 89, 96
 

@@ -11,25 +11,10 @@ import tiny
 from meshgpt import trees
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.models.precision import (
-    LossScale,
-    LossScaling,
-    Precision,
-    stochastic_round,
-)
-from meshgpt.objectives.loss import (
-    NextToken,
-    next_token_loss,
-)
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-)
-from meshgpt.training.step import (
-    TrainState,
-    from_params,
-    make_train_step,
-)
+from meshgpt.models.precision import LossScale, LossScaling, Precision, stochastic_round
+from meshgpt.objectives.loss import NextToken, next_token_loss
+from meshgpt.optim.config import AdamW, Constant
+from meshgpt.training.step import TrainState, from_params, make_train_step
 
 OPTIM = AdamW(peak_lr=1e-2, warmup_steps=0, schedule=Constant(), eps=1e-4, weight_decay=0.0)
 

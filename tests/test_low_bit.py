@@ -18,11 +18,7 @@ from meshgpt.data.tokenizer import load_tokenizer
 from meshgpt.distributed.mesh import spec
 from meshgpt.models import bitsandbytes
 from meshgpt.models.gpt2 import GPT2Config
-from meshgpt.models.quantized import (
-    Place,
-    Weight4,
-    Weight8,
-)
+from meshgpt.models.quantized import Place, Weight4, Weight8
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]
 # As the parameters are: one axis of inputs and two of outputs, two and one, one and one.
@@ -111,13 +107,13 @@ def test_a_stack_is_dense_as_its_layers_are(on_mesh) -> None:
 @pytest.fixture(scope="module")
 def low(workshop: runs.Workshop) -> Path:
     """A small model in nf4, with the tokenizer of the workshop's store."""
-    from meshgpt.cli import main
+    from meshgpt import cli
 
     config = GPT2Config(vocab_size=runs.VOCAB, n_positions=32, n_layers=2, n_heads=4, d_model=64)
     plain, folder = workshop.folder / "plain", workshop.folder / "nf4"
     hf_peers.peer(config).save_pretrained(plain)
     load_tokenizer(workshop.store / "tokenizer").save(plain)
-    assert main.main(["quantize", str(plain), "--format", "nf4", "--double-quant", "--out", str(folder)]) == 0
+    assert cli.main(["quantize", str(plain), "--format", "nf4", "--double-quant", "--out", str(folder)]) == 0
     return folder
 
 

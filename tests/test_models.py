@@ -16,12 +16,7 @@ from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-    check_divisibility,
-    parameter_shapes,
-)
+from meshgpt.models.model import Model, ModelConfig, check_divisibility, parameter_shapes
 from meshgpt.models.precision import Precision
 
 ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"

@@ -17,19 +17,8 @@ from meshgpt.checkpoint import orbax_io
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.optim import codecs
-from meshgpt.optim.config import (
-    Adafactor,
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Lion,
-    Muon,
-    Optimizer,
-)
-from meshgpt.optim.moments import (
-    Blocked,
-    Rank1,
-)
+from meshgpt.optim.config import Adafactor, AdamW, AdamW4bit, AdamW8bit, Lion, Muon, Optimizer
+from meshgpt.optim.moments import Blocked, Rank1
 from meshgpt.optim.muon import orthogonal
 
 # Rows of 640 and 96 columns: on a mesh of 8 their blocks of 256 and 128 begin and end within devices.

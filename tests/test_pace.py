@@ -12,16 +12,9 @@ import pytest
 import runs
 from runs import Workshop
 
-from meshgpt.distributed import (
-    heartbeat,
-    processes,
-    stragglers,
-)
+from meshgpt.distributed import heartbeat, processes, stragglers
 from meshgpt.distributed.heartbeat import Pulse
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.distributed.stragglers import Pace
 
 

@@ -11,26 +11,10 @@ from meshgpt.cli.plan import plan
 from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.gpt2 import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-)
-from meshgpt.planning.budget import (
-    Budget,
-    describe,
-    rows,
-)
-from meshgpt.planning.fit import (
-    fitted,
-    measured,
-    predict,
-)
-from meshgpt.planning.scaling_laws import (
-    BESIROGLU,
-    HOFFMANN,
-    KAPLAN,
-    Parametric,
-)
+from meshgpt.optim.config import AdamW, Constant
+from meshgpt.planning.budget import Budget, describe, rows
+from meshgpt.planning.fit import fitted, measured, predict
+from meshgpt.planning.scaling_laws import BESIROGLU, HOFFMANN, KAPLAN, Parametric
 from meshgpt.report.write import read_runs
 
 TRUE = Parametric(name="true", E=1.5, A=60.0, B=80.0, alpha=0.3, beta=0.32)

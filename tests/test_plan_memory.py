@@ -7,23 +7,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from meshgpt.cli import main
-from meshgpt.config import (
-    Data,
-    Run,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt import cli
+from meshgpt.config import Data, Run
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-)
+from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit
 from meshgpt.planning import memory
 from meshgpt.training import memory as footprint
 from meshgpt.training.program import Program
@@ -70,9 +60,9 @@ def test_the_verb_offers_what_was_compiled_and_fits(tmp_path: Path, capsys: pyte
     recipe = tmp_path / "small.py"
     recipe.write_text(RECIPE)
     flags = ["plan", "memory", str(recipe), "--mesh.data", "8"]
-    assert main.main([*flags, "--device-memory", "1GiB"]) == 0
+    assert cli.main([*flags, "--device-memory", "1GiB"]) == 0
     assert "it fits: " in capsys.readouterr().out
-    assert main.main([*flags, "--device-memory", "60MiB", "--json", "--tries", "3"]) == 0
+    assert cli.main([*flags, "--device-memory", "60MiB", "--json", "--tries", "3"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert not said["fits"]
     assert said["peak"] == said["memory"]["peak"] > 0.95 * 60 * 2**20
@@ -81,7 +71,7 @@ def test_the_verb_offers_what_was_compiled_and_fits(tmp_path: Path, capsys: pyte
         assert change["fits"] == (change["peak"] <= 0.95 * 60 * 2**20)
         assert change["peak"] < said["peak"]
     for flag, words in (("12", "give a size such as 12GiB"), ("..GiB", "give a size")):
-        assert main.main([*flags, "--device-memory", flag]) == 2
+        assert cli.main([*flags, "--device-memory", flag]) == 2
         assert words in capsys.readouterr().err
 
 

@@ -16,15 +16,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from meshgpt import convert
-from meshgpt.cli import main
+from meshgpt import cli, convert
 from meshgpt.convert.bitsandbytes_write import BnbForm
 from meshgpt.data.tokenizer import train_bpe
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-    spec,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.model import Model
@@ -50,14 +45,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quantized(source: Path, out: Path, *flags: str) -> Path:
-    assert main.main(["quantize", str(source), "--out", str(out), "--dtype", "float32", *flags]) == 0
+    assert cli.main(["quantize", str(source), "--out", str(out), "--dtype", "float32", *flags]) == 0
     return out
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> str:
     """Asserts that nothing was left at `out` or beside it; gives what was said."""
     capsys.readouterr()
-    assert main.main(["quantize", *arguments, "--out", str(out)]) == 2
+    assert cli.main(["quantize", *arguments, "--out", str(out)]) == 2
     assert not out.exists()
     assert not list(out.parent.glob(f".{out.name}*"))
     return capsys.readouterr().err
@@ -147,9 +142,9 @@ def test_other_peoples_folders_are_imported(kind: str, double: bool, sources: di
     expected = hf_peers.torch_logits(peer.dequantize(torch.float32), TOKENS_BT)
     tolerance = 5e-4 if kind == "nf4" else 5e-3
     np.testing.assert_allclose(our_logits(tmp_path / "peer", MESHES[1]), expected, atol=tolerance)
-    assert main.main(["import", str(tmp_path / "peer"), "--out", str(tmp_path / "ours")]) == 0
-    assert main.main(["generate", str(tmp_path / "ours"), "--max-new-tokens", "2"]) == 0
-    assert main.main(["generate", str(tmp_path / "peer"), "--max-new-tokens", "2"]) == 0
+    assert cli.main(["import", str(tmp_path / "peer"), "--out", str(tmp_path / "ours")]) == 0
+    assert cli.main(["generate", str(tmp_path / "ours"), "--max-new-tokens", "2"]) == 0
+    assert cli.main(["generate", str(tmp_path / "peer"), "--max-new-tokens", "2"]) == 0
 
 
 def test_bits_are_kept_on_the_mesh(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -197,7 +192,7 @@ def test_cost_in_quality_is_told_and_kept(
 
 
 def test_a_run_is_measured_on_its_own_text(finished_gpt2: Path, tmp_path: Path) -> None:
-    assert main.main(["quantize", str(finished_gpt2), "--format", "int8", "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["quantize", str(finished_gpt2), "--format", "int8", "--out", str(tmp_path / "out")]) == 0
     assert "token perplexity, held-out text" in (tmp_path / "out" / "README.md").read_text()
     plain, low = our_logits(finished_gpt2 / "export", MESHES[0]), our_logits(tmp_path / "out", MESHES[0])
     assert spread_error(low, plain) < 0.1
@@ -212,7 +207,7 @@ def test_refusals(sources: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     done = quantized(sources["gpt2"], tmp_path / "done", "--format", "fp4")
     assert "quantized already" in say(str(done), "--format", "nf4")
     capsys.readouterr()
-    assert main.main(["quantize", gpt2, "--format", "nf4", "--out", str(done)]) == 2
+    assert cli.main(["quantize", gpt2, "--format", "nf4", "--out", str(done)]) == 2
     assert "holds a model already" in capsys.readouterr().err
     assert "no file" in say(gpt2, "--format", "nf4", "--eval-text", str(tmp_path / "none.txt"))
 
@@ -261,7 +256,7 @@ def test_values_that_are_not_finite_are_named(
 def test_broken_folders_are_refused(change, words: str, sources: dict[str, Path], tmp_path: Path, capsys) -> None:
     out = quantized(sources["gpt2"], tmp_path / "out", "--format", "nf4")
     hf_peers.rewrite(out, change)
-    assert main.main(["generate", str(out)]) == 2
+    assert cli.main(["generate", str(out)]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert "quantize the model again" in said
@@ -271,7 +266,7 @@ def test_other_quantizers_are_named(sources: dict[str, Path], tmp_path: Path, ca
     out = quantized(sources["gpt2"], tmp_path / "out", "--format", "nf4")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    assert main.main(["generate", str(out)]) == 2
+    assert cli.main(["generate", str(out)]) == 2
     assert "gptq's; supported: bitsandbytes" in capsys.readouterr().err
 
 
@@ -279,10 +274,10 @@ _STREAM = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from meshgpt.hf.bnb_write import BnbForm
-from meshgpt.hf.names import stored_tensors
-from meshgpt.gptj import GPTJConfig
-from meshgpt.hf.safetensor import Writer, DTYPES
+from meshgpt.convert.bitsandbytes_write import BnbForm
+from meshgpt.convert.hf_names import stored_tensors
+from meshgpt.models.gptj import GPTJConfig
+from meshgpt.convert.safetensor import Writer, DTYPES
 
 config = GPTJConfig(n_layers=6, n_heads=16, d_model=1024, vocab_size=8192)
 folder = Path(sys.argv[1])

@@ -7,11 +7,7 @@ import pytest
 from meshgpt import recipe
 from meshgpt.config import Run
 from meshgpt.errors import UserError
-from meshgpt.optim.config import (
-    Cosine,
-    Piece,
-    Piecewise,
-)
+from meshgpt.optim.config import Cosine, Piece, Piecewise
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """import dataclasses

@@ -15,18 +15,11 @@ import runs
 from jax.sharding import PartitionSpec
 from runs import Here, Workshop
 
-from meshgpt import train
 from meshgpt.distributed.batch import fetch
 from meshgpt.distributed.mesh import spec
-from meshgpt.distributed.replicas import (
-    ReplicaCheck,
-    digests,
-    digests_every,
-)
-from meshgpt.errors import (
-    MachineError,
-    exit_code,
-)
+from meshgpt.distributed.replicas import ReplicaCheck, digests, digests_every
+from meshgpt.errors import MachineError, exit_code
+from meshgpt.training import loop
 
 OnMesh = Callable[..., AbstractContextManager]
 
@@ -140,7 +133,7 @@ def test_a_run_with_checks_computes_what_one_without_does(workshop: Workshop, he
 def test_a_corrupted_replica_ends_the_run_and_is_not_saved(
     workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, found: str, saved: list
 ):
-    def corrupt(program, step, *arguments, compile_it=train.compile_fitting):
+    def corrupt(program, step, *arguments, compile_it=loop.compile_fitting):
         compiled = compile_it(program, step, *arguments)
 
         def one(state, *rest):
@@ -152,7 +145,7 @@ def test_a_corrupted_replica_ends_the_run_and_is_not_saved(
 
         return one
 
-    monkeypatch.setattr(train, "compile_fitting", corrupt)
+    monkeypatch.setattr(loop, "compile_fitting", corrupt)
     run = tmp_path / "run"
     ended = here.train(workshop.recipe(tmp_path), "--run-dir", run, *FLAGS, "--mesh.data", 8)
     assert ended.code == 3, ended

@@ -12,10 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from meshgpt.errors import UserError
-from meshgpt.report.panels import (
-    Panel,
-    Series,
-)
+from meshgpt.report.panels import Panel, Series
 from meshgpt.report.plots import draw_panel
 from meshgpt.training.loss_curve import plot_loss, smooth
 

@@ -13,48 +13,19 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from meshgpt.config import Data
-from meshgpt.data.mixture import (
-    Source,
-    Stage,
-)
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.mixture import Source, Stage
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.errors import UserError
-from meshgpt.hardware.power import (
-    DEVICES,
-    by_kind,
-    parse,
-)
+from meshgpt.hardware.power import DEVICES, by_kind, parse
 from meshgpt.models.gptj import GPTJConfig
-from meshgpt.report.blocks import (
-    Bullets,
-    Code,
-    Heading,
-    Table,
-    Text,
-    clean,
-    to_html,
-    to_markdown,
-)
-from meshgpt.report.card import (
-    CardOptions,
-    card,
-)
-from meshgpt.report.energy import (
-    Assumptions,
-    energy,
-)
+from meshgpt.report.blocks import Bullets, Code, Heading, Table, Text, clean, to_html, to_markdown
+from meshgpt.report.card import CardOptions, card
+from meshgpt.report.energy import Assumptions, energy
 from meshgpt.report.evals import read_evals
 from meshgpt.report.facts import read_facts
 from meshgpt.report.front_matter import front_matter
 from meshgpt.report.panels import panels
-from meshgpt.report.write import (
-    document,
-    read_runs,
-    write_report,
-)
+from meshgpt.report.write import document, read_runs, write_report
 
 
 @pytest.fixture

@@ -20,19 +20,9 @@ from PIL import Image
 
 from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
-from meshgpt.report.html import (
-    in_script,
-    page,
-    thinned,
-)
-from meshgpt.report.serve import (
-    HOST,
-    Server,
-)
-from meshgpt.report.write import (
-    document,
-    read_runs,
-)
+from meshgpt.report.html import in_script, page, thinned
+from meshgpt.report.serve import HOST, Server
+from meshgpt.report.write import document, read_runs
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVALS = {50: fake_run.harness(0.3, 60.0), 100: fake_run.harness(0.35, 40.0)}

@@ -16,11 +16,7 @@ from test_optim_states import SHAPES, gradients, matrix, placed, rounded_by_bloc
 
 from meshgpt import trees
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.mixture import (
-    Schedule,
-    Source,
-    Stage,
-)
+from meshgpt.data.mixture import Schedule, Source, Stage
 from meshgpt.optim import codecs
 from meshgpt.optim.adam import AdamState
 from meshgpt.optim.config import (
@@ -36,12 +32,7 @@ from meshgpt.optim.config import (
     Piecewise,
     learning_rate,
 )
-from meshgpt.optim.convert_state import (
-    carried,
-    decoded,
-    formats,
-    same_state,
-)
+from meshgpt.optim.convert_state import carried, decoded, formats, same_state
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree
 

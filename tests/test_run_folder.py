@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.config import Data, Run
 from meshgpt.errors import UserError
 from meshgpt.optim.config import AdamW
 from meshgpt.training.run_folder import RunFolder

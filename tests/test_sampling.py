@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from meshgpt.errors import UserError
-from meshgpt.inference.sampling import (
-    Knobs,
-    Sampling,
-    draw,
-    filtered,
-)
+from meshgpt.inference.sampling import Knobs, Sampling, draw, filtered
 
 filtered_jit, draw_jit = jax.jit(filtered), jax.jit(draw)
 

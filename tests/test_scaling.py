@@ -7,14 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
-from meshgpt.models.flops import (
-    GPTJ_6B,
-    count_parameters,
-    explain_parameters,
-    flops_per_token,
-    mfu,
-    peak_flops,
-)
+from meshgpt.models.flops import GPTJ_6B, count_parameters, explain_parameters, flops_per_token, mfu, peak_flops
 
 T = 1024
 

@@ -9,10 +9,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.optimize._numdiff import approx_derivative
 
-from meshgpt.models.flops import (
-    count_parameters,
-    flops_per_token,
-)
+from meshgpt.models.flops import count_parameters, flops_per_token
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.model import parameter_shapes
@@ -206,5 +203,5 @@ def test_too_little_to_fit_is_refused(change, message):
 
 
 def test_importing_it_brings_neither_jax_nor_scipy():
-    code = "import sys, meshgpt.scaling_laws; sys.exit('jax' in sys.modules or 'scipy' in sys.modules)"
+    code = "import sys, meshgpt.planning.scaling_laws; sys.exit('jax' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

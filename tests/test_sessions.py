@@ -4,11 +4,7 @@ import json
 
 import pytest
 
-from meshgpt.training.sessions import (
-    HEARTBEAT_SECONDS,
-    Session,
-    read_sessions,
-)
+from meshgpt.training.sessions import HEARTBEAT_SECONDS, Session, read_sessions
 
 FACTS = {"devices": 8, "device_kind": "TPU v4", "processes": 2, "parameters": 1000, "flops_per_token": 6000}
 

@@ -7,11 +7,7 @@ import pytest
 
 from meshgpt.config import may_differ
 from meshgpt.errors import UserError
-from meshgpt.training.sinks import (
-    TensorBoard,
-    WeightsAndBiases,
-    open_sinks,
-)
+from meshgpt.training.sinks import TensorBoard, WeightsAndBiases, open_sinks
 
 METRICS = {"tokens": 4096, "loss": 3.25, "grad_norm": 0.5, "learning_rate": 1e-4, "tokens_per_second": 12_345.0}
 

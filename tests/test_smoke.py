@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt import (
-    recipe,
-    train,
-)
+from meshgpt import recipe, train
 from meshgpt.errors import UserError
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-)
+from meshgpt.models.model import GPT2Config, GPTJConfig
 from meshgpt.optim.config import Piecewise
 from meshgpt.smoke import STEPS
 from meshgpt.training.trackers import read_json_lines

@@ -14,22 +14,9 @@ import torch
 
 from meshgpt import trees
 from meshgpt.models.model import ModelConfig
-from meshgpt.objectives.loss import (
-    Loss,
-    NextToken,
-    next_token_loss,
-)
-from meshgpt.optim.config import (
-    AdamW,
-    Constant,
-    Cosine,
-)
-from meshgpt.training.step import (
-    TrainState,
-    from_params,
-    make_eval_step,
-    make_train_step,
-)
+from meshgpt.objectives.loss import Loss, NextToken, next_token_loss
+from meshgpt.optim.config import AdamW, Constant, Cosine
+from meshgpt.training.step import TrainState, from_params, make_eval_step, make_train_step
 
 ROWS, LENGTH, STEPS = 8, 8, 6
 # eps is large for Adam: its direction is g / |g| otherwise, which magnifies the rounding of gradients that are zero.

@@ -7,19 +7,10 @@ import re
 import jax
 import pytest
 
-from meshgpt.config import (
-    Data,
-    Run,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.config import Data, Run
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.hardware import topologies
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-)
+from meshgpt.models.model import GPT2Config, GPTJConfig
 from meshgpt.objectives.loss import NextToken
 from meshgpt.planning import aot
 from meshgpt.training.memory import shard_bytes

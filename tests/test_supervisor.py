@@ -15,36 +15,18 @@ from types import SimpleNamespace
 import pytest
 from runs import ROOT, Workshop
 
-from meshgpt.cli import (
-    launch,
-    main,
-)
-from meshgpt.distributed import (
-    heartbeat,
-    supervisor,
-)
-from meshgpt.distributed.heartbeat import (
-    SAVING,
-    STARTING,
-    STEPPING,
-    Life,
-    Listener,
-    Sign,
-    Silence,
-    useful_seconds,
-)
-from meshgpt.distributed.supervisor import (
-    Layout,
-    Patience,
-    Supervisor,
-)
+from meshgpt import cli
+from meshgpt.cli import launch
+from meshgpt.distributed import heartbeat, supervisor
+from meshgpt.distributed.heartbeat import SAVING, STARTING, STEPPING, Life, Listener, Sign, Silence, useful_seconds
+from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 
 # A trainer of 10 steps of 20 ms that saves after each; `fault` is the body of a function of its number, life and step.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from meshgpt.pulse import Pulse, VARIABLE
+from meshgpt.distributed.heartbeat import Pulse, VARIABLE
 folder, number = Path({folder!r}), int(os.environ.get("MESHGPT_PROCESS_ID", 0))
 life = len(json.loads(os.environ[VARIABLE])["lives"])
 saved = folder / "saved"
@@ -308,7 +290,7 @@ def test_mistakes_are_told_before_anything_starts(
 ):
     recipe = workshop.recipe(tmp_path)
     run = tmp_path / "run"
-    assert main.main(["launch", *flags, str(recipe), "--mesh.data", "2", "--run-dir", str(run)]) == 2
+    assert cli.main(["launch", *flags, str(recipe), "--mesh.data", "2", "--run-dir", str(run)]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not run.exists()
 
@@ -357,12 +339,12 @@ def test_a_port_in_use_ends_all_with_one_message(workshop: Workshop, tmp_path: P
 
 JOINS = """
 import sys
-from meshgpt import hosts
+from meshgpt.distributed import processes
 from meshgpt.errors import exit_code
 def command():
-    with hosts.joined(hosts.placement({}), print):
+    with processes.joined(processes.placement({}), print):
         pass
-sys.exit(hosts.leave(exit_code(command)))
+sys.exit(processes.leave(exit_code(command)))
 """
 
 

@@ -10,22 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from meshgpt import recipe
-from meshgpt.cli import main
+from meshgpt import cli, recipe
 from meshgpt.cli import sweep as command
 from meshgpt.errors import UserError
 from meshgpt.sweep import runner
 from meshgpt.sweep.outcome import as_recipe
-from meshgpt.sweep.space import (
-    at_random,
-    grid,
-    split,
-)
-from meshgpt.sweep.trials import (
-    Plan,
-    Sweep,
-    Trial,
-)
+from meshgpt.sweep.space import at_random, grid, split
+from meshgpt.sweep.trials import Plan, Sweep, Trial
 
 RECIPE = """
 from meshgpt.config import Data, Run, Samples
@@ -53,7 +44,7 @@ def written(tmp_path: Path) -> Path:
 
 
 def sweep(*words: str) -> int:
-    return main.main(["sweep", *words])
+    return cli.main(["sweep", *words])
 
 
 def test_axes_are_told_from_flags():

@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 import runs
 
-from meshgpt.cli import main
-from meshgpt.data.tokenizer import (
-    load_tokenizer,
-    train_bpe,
-)
+import meshgpt
+from meshgpt.data.tokenizer import load_tokenizer, train_bpe
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 
 RECIPE = """from meshgpt.checkpoint.manager import Checkpointing
 from meshgpt.config import Data, Run, Samples
-from meshgpt.distill import Distill
+from meshgpt.objectives.distillation import Distill
 from meshgpt.models import GPT2Config
 from meshgpt.optim import AdamW
 
@@ -185,14 +182,11 @@ def test_refusals(here: runs.Here, workshop: runs.Workshop, teacher: Path, tmp_p
 
 
 def test_the_published_recipe_is_traced_without_weights(tmp_path: Path) -> None:
-    from meshgpt.distributed.mesh import (
-        MeshShape,
-        make_mesh,
-    )
+    from meshgpt.distributed.mesh import MeshShape, make_mesh
     from meshgpt.recipe import load
     from meshgpt.training.program import Program
 
-    run = load(Path(main.__file__).parent.parent / "configs" / "distilgpt2.py")
+    run = load(Path(meshgpt.__file__).parent.parent / "configs" / "distilgpt2.py")
     with jax.set_mesh(make_mesh(MeshShape(data=8))):
         program = Program(run=run)
         lowered = program.lower()

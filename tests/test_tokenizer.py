@@ -11,13 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshgpt.data.tokenizer import (
-    END_OF_TEXT,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-    train_sentencepiece,
-)
+from meshgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 from meshgpt.errors import UserError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

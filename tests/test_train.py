@@ -18,10 +18,8 @@ import runs
 from runs import Here, Workshop, assert_same_end, copied, drop_checkpoint, last_step, make_store, saved_params, wait_for
 
 from meshgpt import train
-from meshgpt.config import (
-    Run,
-    to_json,
-)
+from meshgpt.config import Run, to_json
+from meshgpt.training import loop
 from meshgpt.training.run_folder import RunFolder
 
 KEYS = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
@@ -406,7 +404,7 @@ def test_a_recipe_is_needed(here: Here, tmp_path: Path):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with train.stop_requests() as stop:
+    with loop.stop_requests() as stop:
         assert not stop(1)
         signal.raise_signal(signal.SIGINT)
         assert stop(1)

@@ -14,19 +14,11 @@ import transformers
 
 from meshgpt import trees
 from meshgpt.checkpoint.manager import read_metadata
-from meshgpt.config import (
-    Data,
-    Run,
-)
+from meshgpt.config import Data, Run
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import ModelConfig
-from meshgpt.models.trainable import (
-    Full,
-    LastLayers,
-    LoRA,
-    Trainable,
-)
+from meshgpt.models.trainable import Full, LastLayers, LoRA, Trainable
 from meshgpt.training.pretrained import adopt
 from meshgpt.training.program import Program
 from meshgpt.training.run_folder import RunFolder
@@ -34,7 +26,7 @@ from meshgpt.training.run_folder import RunFolder
 RECIPE = """import dataclasses
 from pathlib import Path
 
-from meshgpt.trainable import LastLayers, LoRA
+from meshgpt.models.trainable import LastLayers, LoRA
 
 exec(Path({base!r}).read_text())
 whole = config

@@ -12,15 +12,9 @@ import torch
 import transformers
 
 from meshgpt.errors import UserError
-from meshgpt.inference.generate import (
-    Sampling,
-    generate,
-)
+from meshgpt.inference.generate import Sampling, generate
 from meshgpt.models.precision import Precision
-from meshgpt.training.load import (
-    Trained,
-    open_trained,
-)
+from meshgpt.training.load import Trained, open_trained
 from meshgpt.trees import leaves_with_names
 
 PROMPTS = ("def ", "import os\n", "class A:\n    def")

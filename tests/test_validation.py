@@ -9,13 +9,7 @@ import pytest
 import runs
 from runs import Here, Workshop
 
-from meshgpt.config import (
-    Evals,
-    Run,
-    from_json,
-    may_differ,
-    to_json,
-)
+from meshgpt.config import Evals, Run, from_json, may_differ, to_json
 from meshgpt.errors import UserError
 
 CHOICES = [{"ctx": f"def f{n}(x):", "endings": ["return x", "pass", f"x = {n}"], "label": n % 3} for n in range(8)]

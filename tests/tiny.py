@@ -10,23 +10,12 @@ import torch
 import transformers
 
 from meshgpt import trees
-from meshgpt.convert.hf_names import (
-    by_path,
-    stored_tensors,
-    to_stored,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-    spec,
-)
+from meshgpt.convert.hf_names import by_path, stored_tensors, to_stored
+from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
 from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.layers import Execution
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-)
+from meshgpt.models.model import Model, ModelConfig
 from meshgpt.models.precision import Precision
 
 VOCAB = 97

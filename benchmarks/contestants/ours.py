@@ -12,25 +12,12 @@ def main(folder: Path) -> None:
     import jax
     import numpy as np
 
-    from meshgpt import (
-        convert,
-        runtime,
-    )
-    from meshgpt.config import (
-        Data,
-        Run,
-    )
-    from meshgpt.distributed.mesh import (
-        MeshShape,
-        make_mesh,
-        spec,
-    )
+    from meshgpt import convert, runtime
+    from meshgpt.config import Data, Run
+    from meshgpt.distributed.mesh import MeshShape, make_mesh, spec
     from meshgpt.models.layers import Execution
     from meshgpt.models.precision import Precision
-    from meshgpt.optim.config import (
-        AdamW,
-        Constant,
-    )
+    from meshgpt.optim.config import AdamW, Constant
     from meshgpt.training.program import Program
     from meshgpt.training.step import from_params
 

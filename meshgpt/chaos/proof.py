@@ -8,10 +8,7 @@ import jax
 import numpy as np
 
 from meshgpt.checkpoint.manager import restore_items
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.training.data import open_run
 from meshgpt.training.program import Program
 from meshgpt.training.run_folder import RunFolder

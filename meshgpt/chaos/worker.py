@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from meshgpt import train
-from meshgpt.data.pipeline import (
-    Batches,
-    Rows,
-)
+from meshgpt.data.pipeline import Batches, Rows
 
 VARIABLE = "MESHGPT_CHAOS"
 _SLOW_SECONDS = 0.25

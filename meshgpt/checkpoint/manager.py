@@ -26,10 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from meshgpt.checkpoint import (
-    manifest,
-    orbax_io,
-)
+from meshgpt.checkpoint import manifest, orbax_io
 from meshgpt.errors import UserError
 from meshgpt.trees import Tree
 

@@ -14,10 +14,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from meshgpt.errors import UserError
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.trees import Tree, leaves_with_names
 
 METADATA = "metadata"
 """The item of a step that is no part of the state."""

@@ -11,29 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from meshgpt import (
-    recipe,
-    runtime,
-)
+from meshgpt import recipe, runtime
 from meshgpt.chaos import proof
-from meshgpt.chaos.disk import (
-    Disk,
-    small_disk,
-)
-from meshgpt.chaos.faults import (
-    Fault,
-    Injector,
-    plan,
-)
+from meshgpt.chaos.disk import Disk, small_disk
+from meshgpt.chaos.faults import Fault, Injector, plan
 from meshgpt.chaos.worker import VARIABLE
 from meshgpt.cli import launch
 from meshgpt.config import Run
 from meshgpt.distributed.heartbeat import Silence
-from meshgpt.distributed.supervisor import (
-    Layout,
-    Patience,
-    Supervisor,
-)
+from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.models.model import check_divisibility
 from meshgpt.training.trackers import duration

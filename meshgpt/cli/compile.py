@@ -19,10 +19,7 @@ from meshgpt.hardware import topologies
 from meshgpt.hardware.topologies import Topology
 from meshgpt.models.model import check_divisibility
 from meshgpt.planning import aot
-from meshgpt.planning.aot import (
-    Proof,
-    TooLargeError,
-)
+from meshgpt.planning.aot import Proof, TooLargeError
 from meshgpt.training.memory import MARGIN
 
 _GIB = 1 << 30

@@ -11,10 +11,7 @@ import tyro
 from meshgpt.config import Run
 from meshgpt.data import inspect as inspection
 from meshgpt.data.packing import pack as pack_store
-from meshgpt.data.store import (
-    Split,
-    Store,
-)
+from meshgpt.data.store import Split, Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.training.data import RunData, open_run

@@ -13,31 +13,13 @@ import tyro
 from meshgpt import runtime
 from meshgpt.config import differences
 from meshgpt.distributed import processes
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
-from meshgpt.errors import (
-    UserError,
-    exit_code,
-)
-from meshgpt.evals import (
-    choices,
-    files,
-    harness,
-    perplexity,
-    results,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
+from meshgpt.errors import UserError, exit_code
+from meshgpt.evals import choices, files, harness, perplexity, results
 from meshgpt.evals.results import Results
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
+from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.models.precision import Precision
-from meshgpt.training.load import (
-    Trained,
-    open_trained,
-)
+from meshgpt.training.load import Trained, open_trained
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 

@@ -11,11 +11,7 @@ from typing import NoReturn
 from meshgpt import recipe
 from meshgpt.config import Run
 from meshgpt.distributed.heartbeat import Silence
-from meshgpt.distributed.supervisor import (
-    Layout,
-    Patience,
-    Supervisor,
-)
+from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.models.model import check_divisibility
 

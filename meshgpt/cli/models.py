@@ -11,31 +11,16 @@ import jax
 import numpy as np
 import tyro
 
-from meshgpt import (
-    convert,
-    runtime,
-)
+from meshgpt import convert, runtime
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
-from meshgpt.inference.generate import (
-    Sampling,
-    generate_text,
-)
-from meshgpt.models.precision import (
-    Float,
-    Precision,
-)
+from meshgpt.inference.generate import Sampling, generate_text
+from meshgpt.models.precision import Float, Precision
 from meshgpt.models.trainable import plain
 from meshgpt.training import finish
-from meshgpt.training.load import (
-    open_adapters,
-    open_trained,
-)
+from meshgpt.training.load import open_adapters, open_trained
 from meshgpt.training.pretrained import import_model
 from meshgpt.training.trackers import progress_bar
 

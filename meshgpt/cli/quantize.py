@@ -13,43 +13,16 @@ import numpy as np
 import tyro
 
 import meshgpt
-from meshgpt import (
-    convert,
-    runtime,
-)
+from meshgpt import convert, runtime
 from meshgpt.data.store import Store
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-)
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
-from meshgpt.evals import (
-    choices,
-    files,
-    perplexity,
-)
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-    parameter_shapes,
-)
+from meshgpt.evals import choices, files, perplexity
+from meshgpt.evals.scoring import Progress, Scorer
+from meshgpt.models.model import Model, ModelConfig, parameter_shapes
 from meshgpt.models.precision import Precision
-from meshgpt.report.blocks import (
-    Block,
-    Code,
-    Heading,
-    Table,
-    Text,
-    to_markdown,
-)
+from meshgpt.report.blocks import Block, Code, Heading, Table, Text, to_markdown
 from meshgpt.training.load import open_trained
 from meshgpt.training.pretrained import RECORD
 from meshgpt.training.run_folder import RunFolder

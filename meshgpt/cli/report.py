@@ -13,10 +13,7 @@ import tyro
 from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
 from meshgpt.report.serve import Server
-from meshgpt.report.write import (
-    read_runs,
-    write_report,
-)
+from meshgpt.report.write import read_runs, write_report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

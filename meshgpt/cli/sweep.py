@@ -8,25 +8,12 @@ from pathlib import Path
 
 from meshgpt import recipe
 from meshgpt.config import Run
-from meshgpt.data.prepare import (
-    Prepare,
-    prepare,
-)
+from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.errors import UserError
 from meshgpt.sweep.outcome import conclude
 from meshgpt.sweep.runner import run_all
-from meshgpt.sweep.space import (
-    Axis,
-    Point,
-    at_random,
-    grid,
-    split,
-)
-from meshgpt.sweep.trials import (
-    Plan,
-    Sweep,
-    Trial,
-)
+from meshgpt.sweep.space import Axis, Point, at_random, grid, split
+from meshgpt.sweep.trials import Plan, Sweep, Trial
 from meshgpt.training.trackers import progress_bar
 
 _USAGE = """usage: meshgpt sweep RECIPE --FLAG VALUES [--FLAG VALUES ...] [options] [flags of the recipe]

@@ -9,31 +9,14 @@ from meshgpt.convert.adapter import export_adapter
 from meshgpt.convert.bitsandbytes_write import BnbForm
 from meshgpt.convert.gather import live_tensors
 from meshgpt.convert.gguf import GgufForm
-from meshgpt.convert.hf_config import (
-    ModelConfig,
-    read_config,
-)
+from meshgpt.convert.hf_config import ModelConfig, read_config
 from meshgpt.convert.hf_read import load
 from meshgpt.convert.hf_write import export
 from meshgpt.convert.mesh_transformer_write import export_mtj
-from meshgpt.convert.quantize import (
-    Contents,
-    Form,
-    contents_of,
-    is_quantized,
-    quantize,
-)
-from meshgpt.convert.source import (
-    Source,
-    open_source,
-)
+from meshgpt.convert.quantize import Contents, Form, contents_of, is_quantized, quantize
+from meshgpt.convert.source import Source, open_source
 from meshgpt.convert.surgery import Surgery
-from meshgpt.convert.verify import (
-    PROBE_COMPILER_OPTIONS,
-    Probe,
-    Verdict,
-    read_back,
-)
+from meshgpt.convert.verify import PROBE_COMPILER_OPTIONS, Probe, Verdict, read_back
 
 __all__ = [
     "PROBE_COMPILER_OPTIONS",

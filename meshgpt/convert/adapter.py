@@ -15,16 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from meshgpt.convert import safetensor
-from meshgpt.convert.atomic_folder import (
-    first,
-    staged,
-)
+from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import fetch
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    Stored,
-    stored_tensors,
-)
+from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.errors import UserError
 from meshgpt.models.lora import factors
 from meshgpt.models.trainable import LoRA

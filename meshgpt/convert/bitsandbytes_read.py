@@ -16,23 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    Stored,
-)
+from meshgpt.convert.hf_names import ModelConfig, Stored
 from meshgpt.convert.stacking import stacked
-from meshgpt.convert.tensors import (
-    Entry,
-    Tensors,
-)
+from meshgpt.convert.tensors import Entry, Tensors
 from meshgpt.errors import UserError
 from meshgpt.models import bitsandbytes
 from meshgpt.models.gpt2 import GPT2Config
-from meshgpt.models.quantized import (
-    Place,
-    Weight4,
-    Weight8,
-)
+from meshgpt.models.quantized import Place, Weight4, Weight8
 
 STATE = "quant_state.bitsandbytes__"
 

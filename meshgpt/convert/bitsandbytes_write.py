@@ -19,25 +19,11 @@ import numpy as np
 from meshgpt import trees
 from meshgpt.convert import safetensor
 from meshgpt.convert.bitsandbytes_read import STATE
-from meshgpt.convert.hf_config import (
-    config_json,
-    generation_config_json,
-)
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    Stored,
-    stored_tensors,
-)
+from meshgpt.convert.hf_config import config_json, generation_config_json
+from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.convert.hf_read import load
-from meshgpt.convert.hf_write import (
-    SHARD_BYTES,
-    Dtype,
-    write_json,
-)
-from meshgpt.convert.tensors import (
-    INDEX,
-    SINGLE,
-)
+from meshgpt.convert.hf_write import SHARD_BYTES, Dtype, write_json
+from meshgpt.convert.tensors import INDEX, SINGLE
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models import bitsandbytes

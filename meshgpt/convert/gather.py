@@ -7,12 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from meshgpt import trees
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    Stored,
-    stored_tensors,
-    to_stored,
-)
+from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors, to_stored
 from meshgpt.errors import UserError
 
 

@@ -19,21 +19,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from meshgpt import trees
-from meshgpt.convert.bitsandbytes_write import (
-    Contents,
-    check_finite,
-)
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    Stored,
-    stored_tensors,
-)
+from meshgpt.convert.bitsandbytes_write import Contents, check_finite
+from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.convert.hf_read import place
 from meshgpt.convert.tensors import Tensors
-from meshgpt.data.tokenizer import (
-    ByteLevelBPE,
-    Tokenizer,
-)
+from meshgpt.data.tokenizer import ByteLevelBPE, Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 

@@ -13,23 +13,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from meshgpt import trees
-from meshgpt.convert import (
-    bitsandbytes_read,
-    safetensor,
-)
+from meshgpt.convert import bitsandbytes_read, safetensor
 from meshgpt.convert.hf_config import ModelConfig
-from meshgpt.convert.hf_names import (
-    BUFFERS,
-    Stored,
-    by_path,
-    from_stored,
-    stored_tensors,
-)
+from meshgpt.convert.hf_names import BUFFERS, Stored, by_path, from_stored, stored_tensors
 from meshgpt.convert.stacking import stacked
-from meshgpt.convert.tensors import (
-    Tensors,
-    open_tensors,
-)
+from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
 from meshgpt.models.quantized import Place
 

@@ -13,30 +13,13 @@ from jax.experimental import multihost_utils
 
 from meshgpt import trees
 from meshgpt.convert import safetensor
-from meshgpt.convert.atomic_folder import (
-    first,
-    staged,
-)
+from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import live_tensors
-from meshgpt.convert.hf_config import (
-    ModelConfig,
-    config_json,
-    generation_config_json,
-)
-from meshgpt.convert.hf_names import (
-    Stored,
-    stored_tensors,
-)
-from meshgpt.convert.tensors import (
-    INDEX,
-    SINGLE,
-)
+from meshgpt.convert.hf_config import ModelConfig, config_json, generation_config_json
+from meshgpt.convert.hf_names import Stored, stored_tensors
+from meshgpt.convert.tensors import INDEX, SINGLE
 from meshgpt.convert.tokenizer import save_tokenizer
-from meshgpt.convert.verify import (
-    Probe,
-    Verdict,
-    read_back,
-)
+from meshgpt.convert.verify import Probe, Verdict, read_back
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 

@@ -20,11 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from meshgpt.convert.hf_read import fitting
-from meshgpt.convert.npz import (
-    Leaf,
-    read_leaves,
-    scalar,
-)
+from meshgpt.convert.npz import Leaf, read_leaves, scalar
 from meshgpt.convert.safetensor import DTYPES
 from meshgpt.convert.tensors import Tensors
 from meshgpt.errors import UserError

@@ -13,10 +13,7 @@ from jax.experimental import multihost_utils
 from meshgpt import trees
 from meshgpt.convert import mesh_transformer_read
 from meshgpt.convert.adam_state import Moments
-from meshgpt.convert.atomic_folder import (
-    first,
-    staged,
-)
+from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import live_tensors
 from meshgpt.convert.hf_names import stored_tensors
 from meshgpt.convert.safetensor import DTYPES

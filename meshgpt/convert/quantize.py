@@ -8,10 +8,7 @@ from meshgpt import trees
 from meshgpt.convert.atomic_folder import staged
 from meshgpt.convert.bitsandbytes_read import LowBit
 from meshgpt.convert.bitsandbytes_write import Contents
-from meshgpt.convert.hf_names import (
-    ModelConfig,
-    stored_tensors,
-)
+from meshgpt.convert.hf_names import ModelConfig, stored_tensors
 from meshgpt.convert.tensors import Tensors
 from meshgpt.data.tokenizer import Tokenizer
 

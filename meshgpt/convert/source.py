@@ -4,26 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from meshgpt import trees
-from meshgpt.convert import (
-    hub,
-    mesh_transformer_read,
-)
+from meshgpt.convert import hub, mesh_transformer_read
 from meshgpt.convert.adam_state import Moments
 from meshgpt.convert.hf_config import read_config
 from meshgpt.convert.hf_names import ModelConfig
-from meshgpt.convert.hf_read import (
-    fitting,
-    place,
-    place_as_kept,
-)
-from meshgpt.convert.surgery import (
-    Surgery,
-    operate,
-)
-from meshgpt.convert.tensors import (
-    Tensors,
-    open_tensors,
-)
+from meshgpt.convert.hf_read import fitting, place, place_as_kept
+from meshgpt.convert.surgery import Surgery, operate
+from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
 
 

@@ -10,10 +10,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from meshgpt.convert.hf_names import ModelConfig
-from meshgpt.convert.tensors import (
-    Entry,
-    Tensors,
-)
+from meshgpt.convert.tensors import Entry, Tensors
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 

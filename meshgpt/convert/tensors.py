@@ -8,10 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from meshgpt.convert import (
-    safetensor,
-    torch_bin,
-)
+from meshgpt.convert import safetensor, torch_bin
 from meshgpt.convert.hf_names import canonical
 from meshgpt.errors import UserError
 

@@ -11,16 +11,10 @@ import numpy as np
 from meshgpt import trees
 from meshgpt.convert import safetensor
 from meshgpt.convert.gather import live_tensors
-from meshgpt.convert.hf_config import (
-    ModelConfig,
-    read_config,
-)
+from meshgpt.convert.hf_config import ModelConfig, read_config
 from meshgpt.convert.hf_names import stored_tensors
 from meshgpt.convert.hf_read import load
-from meshgpt.convert.tensors import (
-    Tensors,
-    open_tensors,
-)
+from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
 
 # Of the spread of the live logits. Equal parameters give equal logits, but for a kernel that is not deterministic;

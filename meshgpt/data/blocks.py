@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from meshgpt.data import documents
-from meshgpt.data.documents import (
-    Block,
-    Fragment,
-    Span,
-    document_digest,
-    split_hash,
-)
+from meshgpt.data.documents import Block, Fragment, Span, document_digest, split_hash
 from meshgpt.data.long_line import LongLine
 from meshgpt.errors import UserError
 

@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, final
 
-from meshgpt.data.blocks import (
-    Origin,
-    record_blocks,
-)
+from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest
 from meshgpt.errors import UserError

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meshgpt.data.store import (
-    Split,
-    Store,
-)
+from meshgpt.data.store import Split, Store
 from meshgpt.errors import UserError
 
 COUNTED_TOKENS = 50_000_000  # of a split, spread over it, for the most common ones

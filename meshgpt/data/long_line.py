@@ -12,10 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, final
 
-from meshgpt.data.documents import (
-    as_text,
-    decode,
-)
+from meshgpt.data.documents import as_text, decode
 from meshgpt.errors import UserError
 
 _LONG = 1 << 16

@@ -16,10 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshgpt.data.files import (
-    file_sha256,
-    write_atomically,
-)
+from meshgpt.data.files import file_sha256, write_atomically
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 

@@ -7,10 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, final
 
-from meshgpt.data.blocks import (
-    Origin,
-    record_blocks,
-)
+from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest
 from meshgpt.data.text_files import SourceFile

@@ -17,37 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from meshgpt.data.documents import (
-    Rules,
-    documents,
-)
+from meshgpt.data.documents import Rules, documents
 from meshgpt.data.files import write_atomically
-from meshgpt.data.sources import (
-    Listed,
-    Reading,
-    check_unique,
-    list_inputs,
-    read_blocks,
-)
-from meshgpt.data.store import (
-    INDEX,
-    Store,
-    tokenizer_files,
-)
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-    train_sentencepiece,
-)
-from meshgpt.data.worker import (
-    WorkerPool,
-    token_dtype,
-)
-from meshgpt.data.writer import (
-    Counts,
-    StoreWriter,
-)
+from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
+from meshgpt.data.store import INDEX, Store, tokenizer_files
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
+from meshgpt.data.worker import WorkerPool, token_dtype
+from meshgpt.data.writer import Counts, StoreWriter
 from meshgpt.errors import UserError
 
 # Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.

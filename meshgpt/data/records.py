@@ -13,14 +13,8 @@ from typing import Protocol, final
 import numpy as np
 
 from meshgpt.data.files import file_sha256
-from meshgpt.data.packing import (
-    PIECE,
-    plan_files,
-)
-from meshgpt.data.store import (
-    Split,
-    Store,
-)
+from meshgpt.data.packing import PIECE, plan_files
+from meshgpt.data.store import Split, Store
 from meshgpt.errors import UserError
 
 

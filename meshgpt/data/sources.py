@@ -10,13 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from meshgpt.data import (
-    blocks,
-    hf_source,
-    parquet,
-    text_files,
-    tfds_source,
-)
+from meshgpt.data import blocks, hf_source, parquet, text_files, tfds_source
 from meshgpt.data.blocks import Origin
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest

@@ -18,14 +18,8 @@ from typing import Any
 import numpy as np
 
 from meshgpt.data.files import file_sha256
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-)
-from meshgpt.data.worker import (
-    DOCUMENT,
-    SPLITS,
-)
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
+from meshgpt.data.worker import DOCUMENT, SPLITS
 from meshgpt.errors import UserError
 
 INDEX = "index.json"

@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
 
-from meshgpt.data.blocks import (
-    Origin,
-    json_blocks,
-    text_blocks,
-)
+from meshgpt.data.blocks import Origin, json_blocks, text_blocks
 from meshgpt.data.documents import Block
-from meshgpt.data.streams import (
-    COMPRESSED,
-    FileDigest,
-    HashingReader,
-    open_stream,
-    without_compression,
-)
+from meshgpt.data.streams import COMPRESSED, FileDigest, HashingReader, open_stream, without_compression
 from meshgpt.errors import UserError
 
 STDLIB = "stdlib"  # the source that every machine has: the running Python's own library

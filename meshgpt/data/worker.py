@@ -22,17 +22,9 @@ from typing import IO
 import numpy as np
 
 import meshgpt
-from meshgpt.data.documents import (
-    Block,
-    Document,
-    Rules,
-    documents,
-)
+from meshgpt.data.documents import Block, Document, Rules, documents
 from meshgpt.data.sources import ReadBlock
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-)
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import UserError
 
 # One row a document. end: tokens of the split up to and including this document; bytes: of its text as UTF-8;

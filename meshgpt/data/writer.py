@@ -12,22 +12,9 @@ from typing import Any
 import numpy as np
 
 from meshgpt.data.documents import Fragment
-from meshgpt.data.files import (
-    chunks,
-    file_sha256,
-    write_atomically,
-)
-from meshgpt.data.sources import (
-    Position,
-    ReadBlock,
-)
-from meshgpt.data.worker import (
-    DOCUMENT,
-    SHOWN_BAD,
-    SPLITS,
-    SplitPart,
-    Tokenized,
-)
+from meshgpt.data.files import chunks, file_sha256, write_atomically
+from meshgpt.data.sources import Position, ReadBlock
+from meshgpt.data.worker import DOCUMENT, SHOWN_BAD, SPLITS, SplitPart, Tokenized
 
 JOURNAL = "journal.json"
 SOURCES = "sources.jsonl"

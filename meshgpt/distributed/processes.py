@@ -30,12 +30,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import meshgpt
-from meshgpt.errors import (
-    MachineError,
-    PortTakenError,
-    UserError,
-    flush_output,
-)
+from meshgpt.errors import MachineError, PortTakenError, UserError, flush_output
 
 T = TypeVar("T")
 

@@ -16,10 +16,7 @@ from jax.sharding import PartitionSpec
 
 from meshgpt.distributed.host_memory import KIND as HOST_MEMORY
 from meshgpt.errors import MachineError
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.trees import Tree, leaves_with_names
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 

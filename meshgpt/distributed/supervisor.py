@@ -17,12 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from meshgpt.distributed import heartbeat
-from meshgpt.distributed.heartbeat import (
-    Life,
-    Listener,
-    Sign,
-    Silence,
-)
+from meshgpt.distributed.heartbeat import Life, Listener, Sign, Silence
 from meshgpt.errors import UserError
 
 _USER_ERROR = 2  # an exit code that another start would meet again

@@ -15,14 +15,8 @@ import numpy as np
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import (
-    Request,
-    pair_requests,
-)
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
+from meshgpt.evals.requests import Request, pair_requests
+from meshgpt.evals.scoring import Progress, Scorer
 
 
 @dataclasses.dataclass(frozen=True)

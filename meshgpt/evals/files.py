@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from meshgpt.data.documents import as_text
-from meshgpt.data.streams import (
-    open_stream,
-    without_compression,
-)
+from meshgpt.data.streams import open_stream, without_compression
 from meshgpt.errors import UserError
 
 

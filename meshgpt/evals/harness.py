@@ -18,15 +18,9 @@ import numpy as np
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.lm import (
-    Answers,
-    harness_lm,
-)
+from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.results import Results
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
+from meshgpt.evals.scoring import Progress, Scorer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -6,14 +6,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
-from meshgpt.evals.requests import (
-    pair_requests,
-    windows,
-)
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
+from meshgpt.evals.requests import pair_requests, windows
+from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.inference.generate import Generator
 from meshgpt.inference.sampling import Sampling
 

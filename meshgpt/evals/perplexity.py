@@ -20,10 +20,7 @@ from collections.abc import Sequence
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.evals.requests import windows
-from meshgpt.evals.scoring import (
-    Progress,
-    Scorer,
-)
+from meshgpt.evals.scoring import Progress, Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,21 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from meshgpt.distributed.batch import (
-    Feed,
-    fetch,
-)
-from meshgpt.distributed.mesh import (
-    batch_shards,
-    spec,
-)
+from meshgpt.distributed.batch import Feed, fetch
+from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
 from meshgpt.evals.requests import Request
 from meshgpt.models.layers import Execution
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-)
+from meshgpt.models.model import Model, ModelConfig
 from meshgpt.objectives.loss import token_log_likelihoods
 from meshgpt.trees import Tree
 

@@ -16,35 +16,15 @@ from flax import nnx
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed.batch import fetch
-from meshgpt.distributed.mesh import (
-    batch_shards,
-    spec,
-)
+from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
 from meshgpt.inference.cpu_layout import RowsOfOutputs
-from meshgpt.inference.sampling import (
-    Knobs,
-    Sampling,
-    draw,
-)
-from meshgpt.models.decoder import (
-    Decoder,
-    single_blocks,
-)
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-)
-from meshgpt.models.layers import (
-    Weight,
-    weight,
-)
+from meshgpt.inference.sampling import Knobs, Sampling, draw
+from meshgpt.models.decoder import Decoder, single_blocks
+from meshgpt.models.kv_cache import LayerCache, Slots
+from meshgpt.models.layers import Weight, weight
 from meshgpt.models.model import Model
-from meshgpt.trees import (
-    MatrixAxes,
-    Tree,
-    path_name,
-)
+from meshgpt.trees import MatrixAxes, Tree, path_name
 
 # Tokens of one call of the compiled decode: it amortises a call's cost, and Ctrl-C waits no longer than this.
 CHUNK = 32

@@ -13,20 +13,9 @@ from flax import nnx
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-)
-from meshgpt.models.layers import (
-    Context,
-    Execution,
-    LayerNorm,
-    weight,
-)
-from meshgpt.models.scan import (
-    run_stack,
-    unstack,
-)
+from meshgpt.models.kv_cache import LayerCache, Slots
+from meshgpt.models.layers import Context, Execution, LayerNorm, weight
+from meshgpt.models.scan import run_stack, unstack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

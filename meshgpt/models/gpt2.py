@@ -12,25 +12,9 @@ from jax.nn.initializers import normal
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
-from meshgpt.models.decoder import (
-    Decoder,
-    Head,
-    Shape,
-)
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-)
-from meshgpt.models.layers import (
-    MLP,
-    Attention,
-    Context,
-    Execution,
-    LayerNorm,
-    dropout,
-    param,
-    weight,
-)
+from meshgpt.models.decoder import Decoder, Head, Shape
+from meshgpt.models.kv_cache import LayerCache, Slots
+from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, dropout, param, weight
 
 INIT_STD = 0.02
 

@@ -14,24 +14,9 @@ from flax import nnx
 from jax.nn.initializers import truncated_normal, zeros
 
 from meshgpt.errors import UserError
-from meshgpt.models.decoder import (
-    Decoder,
-    Head,
-    Shape,
-)
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-)
-from meshgpt.models.layers import (
-    MLP,
-    Attention,
-    Context,
-    Execution,
-    LayerNorm,
-    param,
-    rotary_table,
-)
+from meshgpt.models.decoder import Decoder, Head, Shape
+from meshgpt.models.kv_cache import LayerCache, Slots
+from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, param, rotary_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,21 +14,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, zeros
 
-from meshgpt.distributed.mesh import (
-    gathered,
-    spec,
-)
+from meshgpt.distributed.mesh import gathered, spec
 from meshgpt.errors import UserError
-from meshgpt.models.attention_kernels import (
-    Kernel,
-    attend_fused,
-    pick_kernel,
-)
-from meshgpt.models.kv_cache import (
-    LayerCache,
-    Slots,
-    attend_cached,
-)
+from meshgpt.models.attention_kernels import Kernel, attend_fused, pick_kernel
+from meshgpt.models.kv_cache import LayerCache, Slots, attend_cached
 
 Remat = Literal["none", "full", "dots", "named", "offload"]
 

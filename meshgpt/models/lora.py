@@ -15,12 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from meshgpt.distributed.mesh import spec
-from meshgpt.models.layers import (
-    Weight,
-    at_use,
-    dropout,
-    product,
-)
+from meshgpt.models.layers import Weight, at_use, dropout, product
 from meshgpt.trees import MatrixAxes
 
 

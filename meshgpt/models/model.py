@@ -10,26 +10,14 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType
 
-from meshgpt.distributed.mesh import (
-    AXES,
-    MeshShape,
-)
+from meshgpt.distributed.mesh import AXES, MeshShape
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Decoder
-from meshgpt.models.gpt2 import (
-    GPT2,
-    GPT2Config,
-)
-from meshgpt.models.gptj import (
-    GPTJ,
-    GPTJConfig,
-)
+from meshgpt.models.gpt2 import GPT2, GPT2Config
+from meshgpt.models.gptj import GPTJ, GPTJConfig
 from meshgpt.models.layers import Execution
 from meshgpt.models.precision import Precision
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.trees import Tree, leaves_with_names
 
 ModelConfig: TypeAlias = GPT2Config | GPTJConfig
 

@@ -15,10 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from meshgpt.models.bitsandbytes import (
-    FourBit,
-    values,
-)
+from meshgpt.models.bitsandbytes import FourBit, values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.distributed import host_memory
-from meshgpt.models.layers import (
-    SAVED_NAMES,
-    Execution,
-    Remat,
-)
+from meshgpt.models.layers import SAVED_NAMES, Execution, Remat
 
 _POLICIES: dict[Remat, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -15,19 +15,9 @@ import jax.numpy as jnp
 
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Weight
-from meshgpt.models.lora import (
-    LowRank,
-    adapter,
-    factors,
-    merged,
-    smaller_side,
-)
+from meshgpt.models.lora import LowRank, adapter, factors, merged, smaller_side
 from meshgpt.models.scan import Parts
-from meshgpt.trees import (
-    MatrixAxes,
-    Tree,
-    leaves_with_names,
-)
+from meshgpt.trees import MatrixAxes, Tree, leaves_with_names
 
 # The names of these matrices in transformers' models, as PEFT's users give them.
 _ALIASES = {

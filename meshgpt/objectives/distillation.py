@@ -21,19 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.errors import UserError
-from meshgpt.models.model import (
-    GPT2Config,
-    GPTJConfig,
-    Model,
-)
+from meshgpt.models.model import GPT2Config, GPTJConfig, Model
 from meshgpt.models.precision import Float
-from meshgpt.objectives.loss import (
-    Loss,
-    NextToken,
-    Softmax,
-    Teacher,
-    summed,
-)
+from meshgpt.objectives.loss import Loss, NextToken, Softmax, Teacher, summed
 from meshgpt.trees import Tree
 
 TEACHER = "teacher"

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from meshgpt.optim.moments import Layout
-from meshgpt.trees import (
-    Tree,
-    map_with_names,
-    unzip,
-)
+from meshgpt.trees import Tree, map_with_names, unzip
 
 
 class FactoredState(NamedTuple):

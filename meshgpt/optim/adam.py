@@ -13,19 +13,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from meshgpt.distributed import host_memory
-from meshgpt.optim.moments import (
-    Format,
-    Layout,
-    Packed,
-    Part,
-    Plain,
-    over_parts,
-)
-from meshgpt.trees import (
-    Tree,
-    map_with_names,
-    unzip,
-)
+from meshgpt.optim.moments import Format, Layout, Packed, Part, Plain, over_parts
+from meshgpt.trees import Tree, map_with_names, unzip
 
 Moments: TypeAlias = tuple[Any, Any]
 

@@ -19,12 +19,7 @@ from meshgpt.errors import UserError
 from meshgpt.optim import codecs
 from meshgpt.optim.adafactor import Adafactor as FactoredMoment
 from meshgpt.optim.adam import Adam
-from meshgpt.optim.moments import (
-    Blocks,
-    Format,
-    Plain,
-    RowsAndColumns,
-)
+from meshgpt.optim.moments import Blocks, Format, Plain, RowsAndColumns
 from meshgpt.optim.muon import OrthogonalMomentum
 from meshgpt.optim.schedules import (
     Constant,
@@ -36,12 +31,7 @@ from meshgpt.optim.schedules import (
     Schedule,
     learning_rate_schedule,
 )
-from meshgpt.trees import (
-    MATRIX,
-    Tree,
-    map_with_names,
-    mask,
-)
+from meshgpt.trees import MATRIX, Tree, map_with_names, mask
 
 # A recipe takes optimizers and their schedules from here.
 __all__ = [

@@ -16,34 +16,11 @@ import optax
 from jax.sharding import PartitionSpec
 
 from meshgpt.distributed import host_memory
-from meshgpt.optim.adam import (
-    AdamState,
-    packed_layout,
-    zero_moment,
-)
-from meshgpt.optim.config import (
-    Adafactor,
-    Common,
-    Lion,
-    Muon,
-    Optimizer,
-)
-from meshgpt.optim.moments import (
-    Blocked,
-    Format,
-    Layout,
-    Packed,
-    Part,
-    Plain,
-    Rank1,
-    over_parts,
-)
+from meshgpt.optim.adam import AdamState, packed_layout, zero_moment
+from meshgpt.optim.config import Adafactor, Common, Lion, Muon, Optimizer
+from meshgpt.optim.moments import Blocked, Format, Layout, Packed, Part, Plain, Rank1, over_parts
 from meshgpt.optim.muon import MuonState
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-    path_name,
-)
+from meshgpt.trees import Tree, leaves_with_names, path_name
 
 # What of an optimizer leaves its state as it is: the rate of its updates, not what it remembers.
 _RATES = tuple(field.name for field in dataclasses.fields(Common) if field.name != "state_memory")

@@ -13,10 +13,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from meshgpt.optim.moments import Layout
-from meshgpt.trees import (
-    Tree,
-    map_with_names,
-)
+from meshgpt.trees import Tree, map_with_names
 
 # The quintic whose iteration takes singular values from (0, 1] to about 1 (Jordan et al. 2024; torch.optim.Muon).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)

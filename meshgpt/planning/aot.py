@@ -18,30 +18,14 @@ from jax.experimental import topologies as jax_topologies
 
 from meshgpt import runtime
 from meshgpt.config import Run
-from meshgpt.distributed.mesh import (
-    MeshShape,
-    make_mesh,
-)
+from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
-from meshgpt.hardware.topologies import (
-    GENERATIONS,
-    GPUS,
-    Gpu,
-    Topology,
-)
+from meshgpt.hardware.topologies import GENERATIONS, GPUS, Gpu, Topology
 from meshgpt.models import flops as scaling
 from meshgpt.models.model import check_divisibility
 from meshgpt.planning import hlo
-from meshgpt.training.memory import (
-    Footprint,
-    NoRoomError,
-    compile_lowered,
-    measure,
-)
-from meshgpt.training.program import (
-    Program,
-    flops_per_token,
-)
+from meshgpt.training.memory import Footprint, NoRoomError, compile_lowered, measure
+from meshgpt.training.program import Program, flops_per_token
 
 # What the estimate of time assumes.
 EFFICIENCY = 0.6  # of the peak, in matrix multiplications and all that goes with them

@@ -12,19 +12,8 @@ import tyro
 from meshgpt.errors import UserError
 from meshgpt.hardware import power
 from meshgpt.models import flops as scaling
-from meshgpt.planning.scaling_laws import (
-    LAWS,
-    Choice,
-    Law,
-    ModelShape,
-    critical_batch,
-    learning_rate,
-    shape_for,
-)
-from meshgpt.training.trackers import (
-    amount,
-    duration,
-)
+from meshgpt.planning.scaling_laws import LAWS, Choice, Law, ModelShape, critical_batch, learning_rate, shape_for
+from meshgpt.training.trackers import amount, duration
 
 _GPT2_POSITIONS = 1024
 

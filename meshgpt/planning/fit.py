@@ -12,16 +12,8 @@ import numpy as np
 import tyro
 
 from meshgpt.errors import UserError
-from meshgpt.optim.config import (
-    Constant,
-    InverseSqrt,
-)
-from meshgpt.planning.scaling_laws import (
-    Counting,
-    Fit,
-    Points,
-    fit,
-)
+from meshgpt.optim.config import Constant, InverseSqrt
+from meshgpt.planning.scaling_laws import Counting, Fit, Points, fit
 from meshgpt.report.facts import Facts
 from meshgpt.report.write import read_runs
 from meshgpt.training.trackers import amount

@@ -14,29 +14,15 @@ from typing import NamedTuple
 
 import jax
 
-from meshgpt import (
-    recipe,
-    runtime,
-)
+from meshgpt import recipe, runtime
 from meshgpt.config import Run
 from meshgpt.distributed.mesh import make_mesh
 from meshgpt.errors import UserError
 from meshgpt.hardware import topologies
 from meshgpt.models.model import check_divisibility
-from meshgpt.optim.config import (
-    AdamW,
-    AdamW4bit,
-    AdamW8bit,
-    Common,
-)
+from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit, Common
 from meshgpt.planning import aot
-from meshgpt.training.memory import (
-    Footprint,
-    NoRoomError,
-    compile_lowered,
-    device_limit,
-    measure,
-)
+from meshgpt.training.memory import Footprint, NoRoomError, compile_lowered, device_limit, measure
 from meshgpt.training.program import Program
 
 _GIB = 1 << 30

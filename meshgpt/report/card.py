@@ -8,39 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshgpt.models import flops
-from meshgpt.models.model import (
-    GPTJConfig,
-    ModelConfig,
-    parameter_shapes,
-)
+from meshgpt.models.model import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.models.trainable import Full
 from meshgpt.optim.config import Piecewise
-from meshgpt.report.blocks import (
-    Block,
-    Bullets,
-    Code,
-    Figure,
-    Heading,
-    Table,
-    Text,
-    clean,
-)
+from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
 from meshgpt.report.distillation import distillation
-from meshgpt.report.energy import (
-    Assumptions,
-    Energy,
-    energy,
-)
+from meshgpt.report.energy import Assumptions, Energy, energy
 from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
-from meshgpt.report.tables import (
-    by_iteration,
-    references,
-)
-from meshgpt.training.trackers import (
-    amount,
-    duration,
-)
+from meshgpt.report.tables import by_iteration, references
+from meshgpt.training.trackers import amount, duration
 
 TO_FILL = "(to fill in)"
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from meshgpt.report.blocks import (
-    Block,
-    Heading,
-    Table,
-)
+from meshgpt.report.blocks import Block, Heading, Table
 from meshgpt.report.facts import Facts
 from meshgpt.training.run_folder import RunFolder
 

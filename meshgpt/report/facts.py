@@ -16,18 +16,12 @@ import numpy as np
 from meshgpt.config import Run
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.mixture import Schedule
-from meshgpt.data.records import (
-    Packed,
-    Sequences,
-)
+from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 from meshgpt.models import flops as scaling
 from meshgpt.models.model import parameter_shapes
-from meshgpt.report.evals import (
-    Result,
-    read_evals,
-)
+from meshgpt.report.evals import Result, read_evals
 from meshgpt.training.program import flops_per_token
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.sessions import read_sessions

@@ -7,10 +7,7 @@ from typing import Any
 
 from meshgpt.models.model import GPTJConfig
 from meshgpt.report.blocks import clean
-from meshgpt.report.card import (
-    CardOptions,
-    perplexity,
-)
+from meshgpt.report.card import CardOptions, perplexity
 from meshgpt.report.energy import energy
 from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts

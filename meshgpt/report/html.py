@@ -16,15 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from meshgpt.report.blocks import (
-    Block,
-    clean,
-    to_html,
-)
-from meshgpt.report.panels import (
-    Panel,
-    Series,
-)
+from meshgpt.report.blocks import Block, clean, to_html
+from meshgpt.report.panels import Panel, Series
 
 _MOST_POINTS = 1500
 

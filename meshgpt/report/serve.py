@@ -10,14 +10,8 @@ from pathlib import Path
 
 from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
-from meshgpt.report.html import (
-    data,
-    page,
-)
-from meshgpt.report.write import (
-    document,
-    read_runs,
-)
+from meshgpt.report.html import data, page
+from meshgpt.report.write import document, read_runs
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 5.0

@@ -5,26 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from meshgpt.report.blocks import (
-    Block,
-    Heading,
-    Table,
-    Text,
-)
-from meshgpt.report.energy import (
-    Assumptions,
-    energy,
-)
-from meshgpt.report.evals import (
-    Result,
-    latest,
-)
+from meshgpt.report.blocks import Block, Heading, Table, Text
+from meshgpt.report.energy import Assumptions, energy
+from meshgpt.report.evals import Result, latest
 from meshgpt.report.facts import Facts
-from meshgpt.report.reference import (
-    GPTJ_CARD,
-    REFERENCES,
-    Reference,
-)
+from meshgpt.report.reference import GPTJ_CARD, REFERENCES, Reference
 from meshgpt.training.trackers import amount
 
 _SHORT = {"lambada_openai": "LAMBADA", "hellaswag": "HellaSwag", "winogrande": "Winogrande", "piqa": "PIQA"}

@@ -9,26 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshgpt.errors import UserError
-from meshgpt.report.blocks import (
-    Block,
-    Figure,
-    Heading,
-    to_markdown,
-)
-from meshgpt.report.card import (
-    CardOptions,
-    card,
-)
-from meshgpt.report.facts import (
-    Facts,
-    read_facts,
-)
+from meshgpt.report.blocks import Block, Figure, Heading, to_markdown
+from meshgpt.report.card import CardOptions, card
+from meshgpt.report.facts import Facts, read_facts
 from meshgpt.report.front_matter import front_matter
 from meshgpt.report.html import page
-from meshgpt.report.panels import (
-    Panel,
-    panels,
-)
+from meshgpt.report.panels import Panel, panels
 from meshgpt.report.plots import draw_panel
 from meshgpt.report.tables import comparison
 

@@ -5,16 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshgpt.report.card import CardOptions
-from meshgpt.report.write import (
-    read_runs,
-    write_report,
-)
+from meshgpt.report.write import read_runs, write_report
 from meshgpt.sweep.picture import draw
 from meshgpt.sweep.space import Axis
-from meshgpt.sweep.trials import (
-    Sweep,
-    Trial,
-)
+from meshgpt.sweep.trials import Sweep, Trial
 
 _COMPARED = 12  # runs in one report: more curves than that cannot be told apart
 

@@ -3,11 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from meshgpt.training.loss_curve import (
-    INK,
-    TRAIN,
-    VALIDATION,
-)
+from meshgpt.training.loss_curve import INK, TRAIN, VALIDATION
 
 
 def draw(path: Path, metric: str, columns: Mapping[str, tuple[list[str], list[float], bool]], maximize: bool) -> None:

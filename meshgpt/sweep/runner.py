@@ -12,16 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshgpt.errors import UserError
-from meshgpt.sweep.trials import (
-    CRASHED,
-    Sweep,
-    Trial,
-)
+from meshgpt.sweep.trials import CRASHED, Sweep, Trial
 from meshgpt.training.run_folder import RunFolder
-from meshgpt.training.trackers import (
-    duration,
-    read_json_lines,
-)
+from meshgpt.training.trackers import duration, read_json_lines
 
 _MISTAKE = 2  # the exit code of a user's mistake
 _INTERRUPTED = (-1, -2, -15, 129, 130, 143)

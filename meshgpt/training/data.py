@@ -10,29 +10,11 @@ from typing import Any
 from meshgpt.config import Run
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.data.files import write_atomically
-from meshgpt.data.mixture import (
-    Schedule,
-    Source,
-    Stage,
-    check_stages,
-)
-from meshgpt.data.pipeline import (
-    Batches,
-    EvalBatches,
-)
-from meshgpt.data.prepare import (
-    StoreDiffersError,
-    prepare,
-)
-from meshgpt.data.records import (
-    Packed,
-    Records,
-    Sequences,
-)
-from meshgpt.data.store import (
-    INDEX,
-    Store,
-)
+from meshgpt.data.mixture import Schedule, Source, Stage, check_stages
+from meshgpt.data.pipeline import Batches, EvalBatches
+from meshgpt.data.prepare import StoreDiffersError, prepare
+from meshgpt.data.records import Packed, Records, Sequences
+from meshgpt.data.store import INDEX, Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.training.run_folder import RunFolder

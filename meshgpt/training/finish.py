@@ -10,15 +10,9 @@ from meshgpt import convert
 from meshgpt.config import Run
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
-from meshgpt.distributed.mesh import (
-    batch_shards,
-    spec,
-)
+from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
-from meshgpt.inference.generate import (
-    Sampling,
-    generate_text,
-)
+from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.model import Model
 from meshgpt.training.loss_curve import plot_loss
 from meshgpt.training.run_folder import RunFolder

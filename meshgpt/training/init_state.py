@@ -7,41 +7,19 @@ from typing import Any
 import jax
 
 from meshgpt.checkpoint.manager import Checkpointer
-from meshgpt.config import (
-    Run,
-    differences,
-    from_json,
-    may_change,
-    to_json,
-)
+from meshgpt.config import Run, differences, from_json, may_change, to_json
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
 from meshgpt.models import flops
-from meshgpt.models.precision import (
-    LossScale,
-    Precision,
-)
+from meshgpt.models.precision import LossScale, Precision
 from meshgpt.models.trainable import Full
 from meshgpt.optim.config import Optimizer
-from meshgpt.optim.convert_state import (
-    carried,
-    same_state,
-)
+from meshgpt.optim.convert_state import carried, same_state
 from meshgpt.training.data import RunData
-from meshgpt.training.pretrained import (
-    check_identity,
-    check_tokenizer,
-    identity,
-    initial_moments,
-    initial_params,
-)
+from meshgpt.training.pretrained import check_identity, check_tokenizer, identity, initial_moments, initial_params
 from meshgpt.training.program import Program
 from meshgpt.training.step import TrainState
-from meshgpt.trees import (
-    Tree,
-    count,
-    leaves_with_names,
-)
+from meshgpt.trees import Tree, count, leaves_with_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,31 +8,14 @@ import jax
 
 from meshgpt import convert
 from meshgpt.checkpoint import manifest
-from meshgpt.checkpoint.manager import (
-    completed_steps,
-    latest_step,
-    read_metadata,
-    restore_params,
-)
+from meshgpt.checkpoint.manager import completed_steps, latest_step, read_metadata, restore_params
 from meshgpt.config import Run
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-)
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models.model import Model
 from meshgpt.models.precision import Precision
-from meshgpt.models.trainable import (
-    Full,
-    LoRA,
-)
-from meshgpt.training.pretrained import (
-    RECORD,
-    Imported,
-    check_identity,
-    identity,
-    initial_params,
-)
+from meshgpt.models.trainable import Full, LoRA
+from meshgpt.training.pretrained import RECORD, Imported, check_identity, identity, initial_params
 from meshgpt.training.program import Program
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree

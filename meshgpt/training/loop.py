@@ -16,84 +16,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshgpt import (
-    runtime,
-)
+from meshgpt import runtime
 from meshgpt.checkpoint.manager import Checkpointer
-from meshgpt.config import (
-    Run,
-    to_json,
-)
+from meshgpt.config import Run, to_json
 from meshgpt.distributed import processes
 from meshgpt.distributed.batch import Feed
-from meshgpt.distributed.heartbeat import (
-    EVALUATING,
-    FINISHING,
-    SAVING,
-    Pulse,
-)
+from meshgpt.distributed.heartbeat import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.distributed.mesh import make_mesh
 from meshgpt.distributed.replicas import ReplicaCheck
 from meshgpt.distributed.stragglers import Pace
-from meshgpt.errors import (
-    UserError,
-)
+from meshgpt.errors import UserError
 from meshgpt.models import flops
-from meshgpt.models.model import (
-    check_divisibility,
-    parameter_shapes,
-)
+from meshgpt.models.model import check_divisibility, parameter_shapes
 from meshgpt.objectives.document_mask import prove_isolation
-from meshgpt.training.data import (
-    RunData,
-    open_run_data,
-    without_preparing,
-)
-from meshgpt.training.finish import (
-    check_samples,
-    finish,
-)
-from meshgpt.training.init_state import (
-    batch_sizes,
-    newest,
-    start,
-)
+from meshgpt.training.data import RunData, open_run_data, without_preparing
+from meshgpt.training.finish import check_samples, finish
+from meshgpt.training.init_state import batch_sizes, newest, start
 from meshgpt.training.memory import compile_fitting
-from meshgpt.training.pretrained import (
-    adopt,
-    record_origin,
-)
-from meshgpt.training.program import (
-    Program,
-    TrainStep,
-    flops_per_token,
-)
+from meshgpt.training.pretrained import adopt, record_origin
+from meshgpt.training.program import Program, TrainStep, flops_per_token
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.sessions import Session
 from meshgpt.training.sinks import open_sinks
-from meshgpt.training.step import (
-    Metrics,
-    TrainState,
-)
-from meshgpt.training.step_timer import (
-    COMPILING,
-    DATA,
-    Clock,
-)
-from meshgpt.training.teacher import (
-    beside_teacher,
-    record_before,
-    with_teacher,
-)
-from meshgpt.training.trackers import (
-    Console,
-    JsonLines,
-    Several,
-)
-from meshgpt.training.validation import (
-    Validation,
-    open_validation,
-)
+from meshgpt.training.step import Metrics, TrainState
+from meshgpt.training.step_timer import COMPILING, DATA, Clock
+from meshgpt.training.teacher import beside_teacher, record_before, with_teacher
+from meshgpt.training.trackers import Console, JsonLines, Several
+from meshgpt.training.validation import Validation, open_validation
 from meshgpt.trees import Tree
 
 

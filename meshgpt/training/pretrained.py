@@ -15,41 +15,16 @@ import numpy as np
 
 from meshgpt import convert
 from meshgpt.checkpoint import manifest
-from meshgpt.checkpoint.manager import (
-    Checkpointer,
-    Checkpointing,
-    completed_steps,
-    latest_step,
-    restore_params,
-)
-from meshgpt.config import (
-    Run,
-    from_json,
-    to_json,
-)
-from meshgpt.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-)
+from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
+from meshgpt.config import Run, from_json, to_json
+from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import UserError
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-)
-from meshgpt.models.precision import (
-    Float,
-    Precision,
-)
-from meshgpt.models.trainable import (
-    Full,
-    LoRA,
-)
+from meshgpt.models.model import Model, ModelConfig
+from meshgpt.models.precision import Float, Precision
+from meshgpt.models.trainable import Full, LoRA
 from meshgpt.optim.config import AdamW
 from meshgpt.training.run_folder import RunFolder
-from meshgpt.trees import (
-    Tree,
-    map_with_names,
-)
+from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
 _SAMPLE = "The café's menu: 3 eggs, naïve toast...\n\tdef f(x):\n        return x ** 2  # 日本\n"

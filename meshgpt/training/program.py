@@ -11,29 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meshgpt.config import (
-    Objective,
-    Run,
-)
+from meshgpt.config import Objective, Run
 from meshgpt.distributed.mesh import spec
 from meshgpt.distributed.replicas import digests_every
 from meshgpt.models import flops
-from meshgpt.models.model import (
-    Model,
-    parameter_shapes,
-)
+from meshgpt.models.model import Model, parameter_shapes
 from meshgpt.objectives.loss import Loss
-from meshgpt.optim.config import (
-    learning_rate,
-    resting,
-)
-from meshgpt.training.step import (
-    Metrics,
-    TrainState,
-    from_params,
-    make_eval_step,
-    make_train_step,
-)
+from meshgpt.optim.config import learning_rate, resting
+from meshgpt.training.step import Metrics, TrainState, from_params, make_eval_step, make_train_step
 from meshgpt.trees import Tree
 
 # step(state, frozen, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics)

@@ -15,14 +15,7 @@ from typing import Any
 
 import meshgpt
 from meshgpt.checkpoint import manifest
-from meshgpt.config import (
-    Run,
-    differences,
-    from_json,
-    may_change,
-    may_differ,
-    to_json,
-)
+from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
 

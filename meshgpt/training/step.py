@@ -10,16 +10,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from meshgpt.models.precision import (
-    LossScale,
-    Precision,
-    stochastic_round,
-)
+from meshgpt.models.precision import LossScale, Precision, stochastic_round
 from meshgpt.objectives.loss import Loss
-from meshgpt.optim.config import (
-    Optimizer,
-    learning_rate,
-)
+from meshgpt.optim.config import Optimizer, learning_rate
 from meshgpt.trees import Tree
 
 Metrics: TypeAlias = dict[str, jax.Array]

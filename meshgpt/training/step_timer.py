@@ -7,10 +7,7 @@ from typing import Self, TypeVar
 
 import jax
 
-from meshgpt.distributed.heartbeat import (
-    EVALUATING,
-    SAVING,
-)
+from meshgpt.distributed.heartbeat import EVALUATING, SAVING
 from meshgpt.training.trackers import duration
 
 DATA, COMPILING = "data", "compiling"

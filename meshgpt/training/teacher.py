@@ -15,31 +15,17 @@ from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.evals import results
 from meshgpt.models.layers import Weight
-from meshgpt.models.model import (
-    Model,
-    ModelConfig,
-)
-from meshgpt.objectives.distillation import (
-    TEACHER,
-    Distill,
-    chosen_layers,
-)
+from meshgpt.models.model import Model, ModelConfig
+from meshgpt.objectives.distillation import TEACHER, Distill, chosen_layers
 from meshgpt.objectives.loss import next_token_loss
 from meshgpt.training.init_state import Start
 from meshgpt.training.load import open_trained
-from meshgpt.training.pretrained import (
-    RECORD,
-    Imported,
-)
+from meshgpt.training.pretrained import RECORD, Imported
 from meshgpt.training.program import Program
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.step import make_eval_step
 from meshgpt.training.validation import Validation
-from meshgpt.trees import (
-    Tree,
-    leaves_with_names,
-    map_with_names,
-)
+from meshgpt.trees import Tree, leaves_with_names, map_with_names
 
 _SAMPLE = "It's 1,234 o'clock: naïve café,\n\tif (x[0] == 'y') { return 日本; }  \n\nThe end... "
 _ROWS = ("wte_VD", "head_VD", "head_bias_V")  # what has a row for each id

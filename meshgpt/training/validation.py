@@ -15,38 +15,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from meshgpt.config import (
-    Evals,
-    Run,
-)
+from meshgpt.config import Evals, Run
 from meshgpt.data.pipeline import EvalBatches
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed import processes
 from meshgpt.distributed.batch import Feed
 from meshgpt.errors import UserError
-from meshgpt.evals import (
-    choices,
-    files,
-    harness,
-    results,
-)
+from meshgpt.evals import choices, files, harness, results
 from meshgpt.evals.choices import Question
 from meshgpt.evals.results import Results
-from meshgpt.evals.scoring import (
-    Scorer,
-    check_fits,
-)
+from meshgpt.evals.scoring import Scorer, check_fits
 from meshgpt.models.model import Model
-from meshgpt.training.data import (
-    RunData,
-    check_tokenizers,
-    check_vocabulary,
-)
-from meshgpt.training.program import (
-    EvalStep,
-    Program,
-)
+from meshgpt.training.data import RunData, check_tokenizers, check_vocabulary
+from meshgpt.training.program import EvalStep, Program
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree
 

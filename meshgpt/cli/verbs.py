@@ -4,10 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import meshgpt
-from meshgpt.errors import (
-    UserError,
-    exit_code,
-)
+from meshgpt.errors import UserError, exit_code
 
 
 def _train(arguments: Sequence[str]) -> None:
