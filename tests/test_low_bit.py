@@ -154,7 +154,7 @@ def test_adapters_are_trained_beside_it(here: runs.Here, workshop: runs.Workshop
     recipe = tmp_path / "qlora.py"
     text = workshop.recipe(tmp_path, "gpt2").read_text()
     text = text.replace(
-        "from meshgpt.optim.config", "from meshgpt.models.trainable import LoRA\nfrom meshgpt.optim.config"
+        "from meshgpt.optim import", "from meshgpt.models.trainable import LoRA\nfrom meshgpt.optim import"
     )
     text = text.replace(
         "steps=20,", f"steps=6, init={str(low)!r}, trainable=LoRA(rank=4, targets=('attn/*', 'mlp/*')),"
