@@ -69,5 +69,5 @@ def test_a_device_that_jax_does_not_use_is_named(monkeypatch, tmp_path):
 
 
 def test_importing_it_does_not_bring_jax():
-    code = "import sys, meshgpt.doctor; sys.exit('jax' in sys.modules)"
+    code = "import sys, meshgpt.cli.doctor; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
