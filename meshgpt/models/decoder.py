@@ -120,7 +120,7 @@ class Decoder(nnx.Module, abc.ABC):
         def block(one: nnx.Module, x: jax.Array, key: jax.Array | None) -> jax.Array:
             return one(x, dataclasses.replace(context, key=key), None)[0]
 
-        x_BTD = run_stack(block, self.blocks, x_BTD, context.key, self.shape.n_layers, self.execution)
+        x_BTD = run_stack(block, self.blocks, x_BTD, context.split(4), self.shape.n_layers, self.execution)
         return self.ln_f(x_BTD)
 
     def extend(

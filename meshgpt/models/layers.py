@@ -235,7 +235,10 @@ class Context:
     segments_BT: jax.Array | None = None
 
     def split(self, index: int) -> jax.Array | None:
-        """The dropout key of use number `index` within a block."""
+        """The dropout key of use number `index`: 0 to 2 within a block; of a whole model 3 the embedding, 4 the blocks.
+
+        Index i of `jax.random.split` is the same key as that of use i, so the blocks' keys are split off one of theirs.
+        """
         return None if self.key is None else jax.random.fold_in(self.key, index)
 
 
@@ -272,7 +275,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        q, k, v = self._project(x_BTD)
+        q, k, v = self._project(x_BTD, turned=context.rotary is not None)
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
@@ -282,14 +285,21 @@ class Attention(nnx.Module):
         y_BTD = einsum("BTab,abD->BTD", checkpoint_name(a_BTNH, "attention"), self.o_NHD, "batch seq embed")
         return (bias_add(y_BTD, self.o_bias_D) if self.bias else y_BTD), cache
 
-    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x_BTD: jax.Array, turned: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k and v; `turned`: whether a rotary embedding turns the first two afterwards."""
+
         def one(w: nnx.Param) -> jax.Array:
             return einsum("BTD,DNH->BTNH", x_BTD, w, "batch seq heads _")
 
         q, k, v = one(self.q_DNH), one(self.k_DNH), one(self.v_DNH)
         if not self.bias:
             return q, k, v
-        return bias_add(q, self.q_bias_NH), bias_add(k, self.k_bias_NH), bias_add(v, self.v_bias_NH)
+        k_bias_NH = weight(self.k_bias_NH, x_BTD.dtype)
+        if not turned:
+            # It adds one number to all scores of a query, which the softmax takes out: its gradient is 0, and what a
+            # program would compute is rounding noise, which Adafactor and Lion would make updates of full size.
+            k_bias_NH = jax.lax.stop_gradient(k_bias_NH)
+        return bias_add(q, self.q_bias_NH), k + k_bias_NH[None, None], bias_add(v, self.v_bias_NH)
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: LayerCache | None

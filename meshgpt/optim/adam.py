@@ -5,7 +5,8 @@ gradient's place: what is in float32 at a time is a chunk, never a whole state.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, TypeAlias, cast
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from meshgpt.distributed import host_memory
 from meshgpt.optim.moments import Format, Layout, Packed, Part, Plain, over_parts
 from meshgpt.trees import Tree, map_with_names, unzip
 
-Moments: TypeAlias = tuple[Any, Any]
+_ROUNDING = 1.001  # what float32 may add to an update that is as large as Adam's can be
 
 
 class AdamState(NamedTuple):
@@ -29,11 +30,23 @@ class AdamState(NamedTuple):
     nu_count: jax.Array
 
 
+class Corrections(NamedTuple):
+    """What the moments of this step are divided by for their start at 0, and the largest update that they can give."""
+
+    first: jax.Array
+    second: jax.Array
+    largest: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Adam:
     """m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps)   (Kingma and Ba 2015, algorithm 1)
 
     m' and v' are corrected for their start at 0, and u comes of them before they are rounded to their formats.
+
+    |u| is at most what it can be where both are sums over the same gradients (see `_largest`). In float32 that changes
+    nothing. It holds where they are not: where m kept more of small gradients than v did, which in few bits it may, and
+    where an optimizer without v came before (`switch`).
     """
 
     b1: float
@@ -68,7 +81,7 @@ class Adam:
         del params
         counts = state.count + 1, state.nu_count + 1
         first, second = (count.astype(jnp.float32) for count in counts)
-        corrections = 1 - jnp.float32(self.b1) ** first, 1 - jnp.float32(self.b2) ** second
+        corrections = self._corrections(first, second)
 
         def one(name: str, g: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
             layout = packed_layout(self.first, name, g)
@@ -92,17 +105,39 @@ class Adam:
         count, nu_count = (jnp.where(finite, a, b) for a, b in zip(counts, (state.count, state.nu_count), strict=True))
         return new, AdamState(count, mu, nu, nu_count)
 
-    def _whole(self, g: jax.Array, mu: jax.Array, nu: jax.Array, corrections: Moments, finite: jax.Array) -> Any:
+    def _corrections(self, first: jax.Array, second: jax.Array) -> Corrections:
+        """Of moments that have seen so many gradients, this one among them."""
+        start_1, start_2 = 1 - jnp.float32(self.b1) ** first, 1 - jnp.float32(self.b2) ** second
+        return Corrections(start_1, start_2, self._largest(second))
+
+    def _largest(self, count: jax.Array) -> jax.Array:
+        """The largest |m'| / sqrt(v') of any `count` gradients.
+
+        By Cauchy and Schwarz: m' = sum of a_k g_k and v' = sum of c_k g_k^2 have m'^2 <= v' * sum of a_k^2 / c_k, where
+        a_k = (1 - b1) b1^k / (1 - b1^count), c_k likewise, and k = 0 is the newest. It is 1 for one gradient.
+        """
+        if self.b1 == 0 or self.b2 == 0:  # of a_k and c_k only the newest is left; without c_k there is no bound
+            terms = jnp.float32(1.0 if self.b1 == 0 else jnp.inf)
+        else:
+            log_ratio = 2 * math.log(self.b1) - math.log(self.b2)
+            # A sum of powers of b1^2 / b2; expm1, as the ratio may be near 1.
+            terms = count if abs(log_ratio) < 1e-9 else jnp.expm1(count * log_ratio) / math.expm1(log_ratio)
+        start_1, start_2 = 1 - jnp.float32(self.b1) ** count, 1 - jnp.float32(self.b2) ** count
+        return _ROUNDING * (1 - self.b1) / start_1 * jnp.sqrt(start_2 / (1 - self.b2) * terms)
+
+    def _whole(self, g: jax.Array, mu: jax.Array, nu: jax.Array, corrections: Corrections, finite: jax.Array) -> Any:
         m, v = self._moments(*(x.astype(jnp.float32) for x in (g, mu, nu)))
         kept = jnp.where(finite, m.astype(mu.dtype), mu), jnp.where(finite, v.astype(nu.dtype), nu)
         return self._direction(m, v, corrections).astype(g.dtype), *kept
 
-    def _on_mesh(self, layout: Layout, g: jax.Array, mu: Any, nu: Any, corrections: Moments, finite: jax.Array) -> Any:
+    def _on_mesh(
+        self, layout: Layout, g: jax.Array, mu: Any, nu: Any, corrections: Corrections, finite: jax.Array
+    ) -> Any:
         assert not isinstance(self.first, Plain)
         assert not isinstance(self.second, Plain)
         first, second = self.first, self.second
 
-        def local(g: jax.Array, mu: Any, nu: Any, corrections: Moments, finite: jax.Array) -> Any:
+        def local(g: jax.Array, mu: Any, nu: Any, corrections: Corrections, finite: jax.Array) -> Any:
             arrays = jax.tree.map(layout.matrices, (g, mu, nu))
             new = self._in_parts(layout, first, second, arrays, corrections, finite)
             return jax.tree.map(lambda a, like: a.reshape(like.shape), new, (g, mu, nu))
@@ -111,11 +146,11 @@ class Adam:
             return local(g, mu, nu, corrections, finite)
         specs = PartitionSpec(*layout.spec), first.specs(layout), second.specs(layout)
         scalar = PartitionSpec()
-        mapped = jax.shard_map(local, in_specs=(*specs, (scalar, scalar), scalar), out_specs=specs, check_vma=False)
+        mapped = jax.shard_map(local, in_specs=(*specs, scalar, scalar), out_specs=specs, check_vma=False)
         return mapped(g, mu, nu, corrections, finite)
 
     def _in_parts(
-        self, layout: Layout, first: Packed, second: Packed, arrays: Any, corrections: Moments, finite: jax.Array
+        self, layout: Layout, first: Packed, second: Packed, arrays: Any, corrections: Corrections, finite: jax.Array
     ) -> Any:
         """One device's gradient and moments, each array as (G, R, X): the update in the gradient's place, and they."""
         shape = arrays[0].shape
@@ -146,8 +181,9 @@ class Adam:
     def _moments(self, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.b1 * m + (1 - self.b1) * g, self.b2 * v + (1 - self.b2) * jnp.square(g)
 
-    def _direction(self, m: jax.Array, v: jax.Array, corrections: Moments) -> jax.Array:
-        return (m / corrections[0]) / (jnp.sqrt(v / corrections[1]) + self.eps)
+    def _direction(self, m: jax.Array, v: jax.Array, corrections: Corrections) -> jax.Array:
+        u = (m / corrections.first) / (jnp.sqrt(v / corrections.second) + self.eps)
+        return jnp.clip(u, -corrections.largest, corrections.largest)
 
 
 def packed_layout(kept: Format, name: str, leaf: jax.Array) -> Layout | None:

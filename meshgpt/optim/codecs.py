@@ -37,7 +37,10 @@ class Dynamic:
     """Dynamic exponent: decades from 1 down, each finer than the one below (Dettmers et al. 2022, section 1.3).
 
     Decade i of d = bits - 1 holds n_i = 2^i values (2^(i + 1) unsigned), the means of neighbours among n_i + 1 equally
-    spaced points from 0.1 to 1, times 10^(i - d + 1); with their negatives when signed, and 0 and 1. Codes are ranks.
+    spaced points from 0.1 to 1, times 10^(i - d + 1); with their negatives when signed, and 1. Codes are ranks.
+
+    The value that is left is 0 when signed. An unsigned code is for second moments, which divide: there it is the lower
+    end of the lowest decade, 10^-d, and not 0 as in the paper, so that no number, however small, is decoded to 0.
     """
 
     bits: int
@@ -45,10 +48,14 @@ class Dynamic:
 
     @functools.cached_property
     def values(self) -> np.ndarray:
-        """All 2^bits values, ascending, float32: bitsandbytes' `create_dynamic_map`."""
+        """All 2^bits values, ascending, float32: bitsandbytes' `create_dynamic_map`, whose unsigned one begins at 0."""
         positive = [np.linspace(low, high, count) for low, high, count in self._decades()]
-        parts = [*positive, np.array([0.0, 1.0])] + [-part for part in positive] * self.signed
+        parts = [*positive, np.array([self._lowest, 1.0])] + [-part for part in positive] * self.signed
         return np.sort(np.concatenate(parts)).astype(np.float32)
+
+    @property
+    def _lowest(self) -> float:
+        return 0.0 if self.signed else 10.0 ** (1 - self.bits)
 
     def _decades(self) -> list[tuple[float, float, int]]:
         """(lowest, highest, number) of the positive values of each decade, ascending."""
@@ -67,7 +74,7 @@ class Dynamic:
         """
         size = jnp.abs(x) if self.signed else x
         slope = shift = top = jnp.zeros_like(size)
-        below, rank = 0.0, 1
+        below, rank = self._lowest, 1
         for low, high, number in self._decades():
             step = (high - low) / (number - 1) if number > 1 else 1.0
             inside = size > np.float32((below + low) / 2)

@@ -94,7 +94,8 @@ class AdamW(Common):
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps) + weight_decay * p
     p = p - lr u, with m' and v' corrected for their start at 0; no decay of biases and norms.
 
-    moment_dtype: of m. second_moment_dtype: of v; with bfloat16, b2 is at most 0.99, as smaller changes would be lost.
+    moment_dtype: of m. second_moment_dtype: of v. The decay (b1, b2) of one in bfloat16 is at most 0.99, as smaller
+    changes would be lost.
     """
 
     b1: float = 0.9
@@ -104,11 +105,8 @@ class AdamW(Common):
     second_moment_dtype: FloatName = "float32"
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
-        if self.second_moment_dtype == "bfloat16" and self.b2 > 0.99:
-            raise UserError(
-                f"optim.second_moment_dtype=bfloat16 keeps 8 bits, which lose steps of 1 - b2 = {1 - self.b2:.2g}: "
-                "give --optim.b2 0.99 or lower, or keep it in float32"
-            )
+        _check_memory("moment_dtype", self.moment_dtype, "b1", self.b1)
+        _check_memory("second_moment_dtype", self.second_moment_dtype, "b2", self.b2)
         return _adamw(self)
 
     @property
@@ -119,7 +117,10 @@ class AdamW(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW8bit(Common):
-    """AdamW whose moments take 8 bits each: dynamic exponents, a scale a block of 256 (Dettmers et al. 2022)."""
+    """AdamW whose moments take 8 bits each: dynamic exponents, a scale a block of 256 (Dettmers et al. 2022).
+
+    No second moment is rounded to 0, as the paper's are: such an update would be hundreds of times too large.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
@@ -175,6 +176,8 @@ class Lion(Common):
     """The sign of a momentum (Chen et al. 2023, algorithm 2); wants a third to a tenth of AdamW's peak_lr.
 
     u = sign(b1 m + (1 - b1) g) + weight_decay * p;  m = b2 m + (1 - b2) g
+
+    moment_dtype: of m; with bfloat16, b2 is at most 0.99, as smaller changes would be lost.
     """
 
     peak_lr: float = 1e-4
@@ -184,6 +187,7 @@ class Lion(Common):
     moment_dtype: FloatName = "float32"
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
+        _check_memory("moment_dtype", self.moment_dtype, "b2", self.b2)
         return _with_decay(self, _held(optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.moment_dtype))))
 
 
@@ -224,6 +228,15 @@ def learning_rate(optim: Optimizer, total_steps: int) -> optax.Schedule:
       UserError: when the warmup does not end before the run does.
     """
     return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps)
+
+
+def _check_memory(field: str, dtype: FloatName, decay: str, value: float) -> None:
+    """Raises UserError for a mean in bfloat16 that changes by less than its rounding."""
+    if dtype == "bfloat16" and value > 0.99:
+        raise UserError(
+            f"optim.{field}=bfloat16 keeps 8 bits, which lose steps of 1 - {decay} = {1 - value:.2g}: "
+            f"give --optim.{decay} 0.99 or lower, or keep it in float32"
+        )
 
 
 def _adamw(optim: "AdamW | AdamW8bit | AdamW4bit") -> optax.GradientTransformationExtraArgs:

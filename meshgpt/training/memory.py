@@ -9,6 +9,7 @@ import jax
 
 from meshgpt.errors import UserError
 from meshgpt.training.program import Program
+from meshgpt.training.step import summed
 from meshgpt.trees import Tree
 
 MARGIN = 0.05  # of a device's memory: what allocators lose, and below which XLA begins to recompute in silence
@@ -21,8 +22,9 @@ class Footprint:
     """Bytes on one device.
 
     parameters: what is trained. frozen: what is only read. gradients: as many as what is trained (several may share
-    their place in time). optimizer: its state, where it rests on the device. arguments: all of these but the gradients,
-    and the batch. peak: the most at any time. limit: what the device has, or None where that is not known.
+    their place in time), in float32 where they are summed over microbatches. optimizer: its state, where it rests on
+    the device. arguments: all of these but the gradients, and the batch. peak: the most at any time. limit: what the
+    device has, or None where that is not known.
     """
 
     parameters: int
@@ -70,7 +72,7 @@ def measure(program: Program, compiled: jax.stages.Compiled, limit: int | None) 
     return Footprint(
         parameters=trained,
         frozen=shard_bytes(program.abstract_frozen()),
-        gradients=trained,
+        gradients=trained if program.run.accumulate == 1 else shard_bytes(summed(state.params)),
         optimizer=shard_bytes(state.opt_state, on_device=True),
         arguments=analysis.argument_size_in_bytes,
         peak=_peak(analysis),

@@ -25,6 +25,7 @@ class TrainState:
 
     step: steps taken, skipped ones too. skipped: steps whose loss or gradient was not finite, which left parameters
     and optimizer untouched. streak: how many of those came last, in a row. loss_scale: of float16, else None.
+    A step whose weights are all zero changes nothing but `step`.
     """
 
     step: jax.Array
@@ -62,8 +63,8 @@ def make_train_step(
 
     `rounding_key` is for parameters that are rounded stochastically. Where there is an `inspect`, what it makes of the
     gradients (sums over tokens) and the number of the step, from 1, is the metric `inspected`. Other metrics, scalars:
-    `loss` (mean nats a token), `grad_norm` (before clipping), `learning_rate`, `tokens` (weights summed),
-    `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this step).
+    `loss` (mean nats a token; NaN where all weights are zero), `grad_norm` (before clipping), `learning_rate`, `tokens`
+    (weights summed), `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this step).
     """
     rate = learning_rate(optim, total_steps)
     direction = optim.direction()
@@ -72,30 +73,35 @@ def make_train_step(
         key, scale = _folded(dropout_key, state.step), state.loss_scale
         total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
         inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
-        norm = global_norm(gradients) / weight
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        empty, weight_or_1 = weight == 0, jnp.where(weight == 0, 1.0, weight)
+        norm = global_norm(gradients) / weight_or_1
+        bad = ~(jnp.isfinite(total) & jnp.isfinite(norm)) & ~empty
+        finite = ~bad & ~empty
         # One factor does both: from sum to mean, and the clipping.
         clip = jnp.minimum(1.0, optim.clip_norm / norm) if optim.clip_norm else jnp.float32(1.0)
-        factor = clip / weight
-        gradients = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+        factor = clip / weight_or_1
+        gradients = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
             updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
             lr = jnp.asarray(rate(state.step), jnp.float32)
         params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
-        bad = jnp.where(finite, 0, 1)
         new = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params),
+            params=_where(finite, params, state.params),
             opt_state=opt_state,
-            skipped=state.skipped + bad,
-            streak=jnp.where(finite, 0, state.streak + 1),
-            loss_scale=scale and scale.after(finite, precision.loss_scaling),
+            skipped=state.skipped + bad.astype(jnp.int32),
+            streak=jnp.where(finite, 0, state.streak + bad.astype(jnp.int32)),
+            loss_scale=scale and _where(empty, scale, scale.after(finite, precision.loss_scaling)),
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
         metrics |= {"loss_scale": scale.value} if scale else {}
         return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
 
     return train_step
+
+
+def _where(condition: jax.Array, new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _folded(key: jax.Array | None, step: jax.Array) -> jax.Array | None:
@@ -117,32 +123,48 @@ def _updated(params: Tree, updates: Tree, lr: jax.Array, rounding_key: jax.Array
 def _accumulate(
     loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None, scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, Tree]:
-    """Sums of loss, weights and gradients over the leading axis of tokens and weights."""
+    """Sums of loss, weights and gradients over the leading axis of tokens and weights.
+
+    The gradients of one microbatch have their parameters' dtypes, the sum of several is in float32: a sum of many terms
+    in bfloat16 would lose what is below a 512th of it.
+    """
 
     def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
         micro = None if key is None else jax.random.fold_in(key, index)
         if scale is None:
             (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
             return total, weight, gradients
-        # It is the mean that is scaled: in float16 a sum over thousands of tokens would overflow by itself.
-        factor = scale / jnp.sum(weights)
+        # It is the mean that is scaled: in float16 a sum over thousands of tokens would overflow by itself. Without a
+        # weight there is no mean, and the sum is 0.
+        mass = jnp.sum(weights)
+        factor = scale / jnp.where(mass == 0, 1.0, mass)
 
         def scaled(params: Tree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             total, weight = loss(params, tokens, weights, micro)
             return total * factor, (total, weight)
 
         (_, (total, weight)), gradients = jax.value_and_grad(scaled, has_aux=True)(params)
-        return total, weight, jax.tree.map(lambda g: g / factor.astype(g.dtype), gradients)
+        return total, weight, jax.tree.map(lambda g: (g.astype(jnp.float32) / factor).astype(g.dtype), gradients)
 
     count = tokens.shape[0]
     if count == 1:
         return one(tokens[0], weights[0], jnp.int32(0))
 
     def body(sums: Tree, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, sums, one(*xs)), None
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, one(*xs)), None
 
-    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, summed(params)))
     return jax.lax.scan(body, zeros, (tokens, weights, jnp.arange(count)))[0]
+
+
+def summed(params: Tree) -> Tree:
+    """Shapes, dtypes and shardings of the sum of gradients over several microbatches."""
+
+    def one(p: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = p.sharding if isinstance(p, jax.ShapeDtypeStruct) else jax.typeof(p).sharding
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding)
+
+    return jax.tree.map(one, params)
 
 
 def make_eval_step(loss: Loss) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
