@@ -38,5 +38,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens_BT: np.ndarray) ->
 def _texts(tokenizer: Tokenizer, tokens_BT: np.ndarray) -> Iterator[str]:
     """The text of every row, up to the first end of text: written out, that would be a token again."""
     for row in tokens_BT.tolist():
-        ids = [i for i in row if i < tokenizer.vocab_size]  # a model may have more rows than its tokenizer
+        # A model may have more rows than its tokenizer, and a vocabulary may have holes.
+        ids = [i for i in row if i < tokenizer.vocab_size and tokenizer.decodable[i]]
         yield tokenizer.decode(ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids)

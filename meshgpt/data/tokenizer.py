@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
 from meshgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,11 +36,14 @@ class Tokenizer(abc.ABC):
         eot_id: the id that ends a document.
         fingerprint: sha256 (hexadecimal) of the vocabulary and the rules that apply it; equal for equal tokenizers,
             whatever files they came from.
+        decodable: bool (vocab_size,), the ids that stand for text. A vocabulary may have holes, and a model may have
+            more ids than its tokenizer: generation draws none of these, and `decode` refuses them.
     """
 
     vocab_size: int
     eot_id: int
     fingerprint: str
+    decodable: np.ndarray
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
@@ -50,8 +55,8 @@ class Tokenizer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, with the end-of-text id written out; bytes that are not UTF-8 become U+FFFD."""
+    def _decode(self, ids: list[int]) -> str:
+        """`decode` of ids that are all decodable."""
 
     @abc.abstractmethod
     def save(self, folder: str | Path) -> None:
@@ -60,6 +65,22 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without an end-of-text id."""
         return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, with the end of text and other special ids written out; what is not UTF-8 becomes U+FFFD.
+
+        Raises:
+            UserError: an id that stands for no text (see `decodable`).
+        """
+        listed = np.array([*ids], np.int64)
+        known = (listed >= 0) & (listed < self.vocab_size)
+        known[known] = self.decodable[listed[known]]
+        if not known.all():
+            raise UserError(
+                f"the token id {listed[~known][0]} stands for no text: the tokenizer has {self.decodable.sum():,} ids, "
+                f"from 0 to {self.vocab_size - 1:,}. Decode ids that this tokenizer gave, or leave out the others"
+            )
+        return self._decode(listed.tolist())
 
 
 @final
@@ -76,7 +97,10 @@ class ByteLevelBPE(Tokenizer):
         self._eot_token = eot_token
         self._backend = backend
         backend.encode_special_tokens = True  # a special token written in a document is text
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = list(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(ids) + 1
+        self.decodable = np.zeros(self.vocab_size, np.bool_)
+        self.decodable[ids] = True
         self.eot_id = eot_id
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
 
@@ -84,8 +108,8 @@ class ByteLevelBPE(Tokenizer):
         del continued  # a text that opens with a space never gets another
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
 
     def to_json(self) -> str:
         """What is in tokenizer.json."""
@@ -118,7 +142,10 @@ class SentencePiece(Tokenizer):
         self._eot_token = self._processor.IdToPiece(self._processor.eos_id())
         self._adds_prefix = _model_proto(model).normalizer_spec.add_dummy_prefix
         self.vocab_size = self._processor.vocab_size()
+        self.decodable = np.ones(self.vocab_size, np.bool_)
         self.eot_id = self._processor.eos_id()
+        # The library decodes these to nothing, so they are written out here.
+        self._controls = {i for i in range(self.vocab_size) if self._processor.IsControl(i)} | {self.eot_id}
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
@@ -126,15 +153,15 @@ class SentencePiece(Tokenizer):
             texts = [text.removeprefix(" ") for text in texts]
         return self._processor.encode(texts, num_threads=1)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         parts: list[str] = []
         run: list[int] = []
         for i in ids:
-            if int(i) == self.eot_id:  # sentencepiece drops control symbols
-                parts += [self._processor.decode(run), self._eot_token]
+            if i in self._controls:
+                parts += [self._processor.decode(run), self._processor.IdToPiece(i)]
                 run = []
             else:
-                run.append(int(i))
+                run.append(i)
         return "".join([*parts, self._processor.decode(run)])
 
     def save(self, folder: str | Path) -> None:

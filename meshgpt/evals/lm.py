@@ -56,7 +56,8 @@ class Answers:
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(ln p of the continuation, whether it is what greedy decoding gives) of each (context, continuation)."""
-        scores = self._scorer.score(pair_requests(self._tokenizer, pairs), self._report, "log-likelihoods")
+        requests = pair_requests(self._tokenizer, pairs)
+        scores = self._scorer.score(requests, self._report, "log-likelihoods", decodable=self._tokenizer.decodable)
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
@@ -122,7 +123,9 @@ class Answers:
             if self._generator is None:
                 self._generator = Generator(self._scorer.model, self._scorer.params)
             cut = [prompt[-room:] for prompt in prompts]
-            samples = self._generator.generate(cut, sampling, eot_id=eot_id, enough=enough)
+            samples = self._generator.generate(
+                cut, sampling, eot_id=eot_id, decodable=tokenizer.decodable, enough=enough
+            )
             return [postprocess_generated_text(tokenizer.decode(tokens), stops, None) for (tokens,) in samples]
 
         return texts

@@ -18,6 +18,7 @@ from meshgpt.distributed.batch import Feed, fetch
 from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
 from meshgpt.evals.requests import Request
+from meshgpt.inference.sampling import drawable
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import Model, ModelConfig
 from meshgpt.objectives.loss import token_log_likelihoods
@@ -72,13 +73,24 @@ class Scorer:
         """Tokens that the model can be given."""
         return self.model.config.n_positions
 
-    def score(self, requests: Sequence[Request], report: Progress, label: str = "scoring") -> list[Score]:
+    def score(
+        self,
+        requests: Sequence[Request],
+        report: Progress,
+        label: str = "scoring",
+        *,
+        decodable: np.ndarray | None = None,
+    ) -> list[Score]:
         """The score of each request; one without scored tokens has the log-likelihood 0.
+
+        Args:
+          decodable: the tokenizer's: greedy decoding draws no other id, where the model has more. None is all.
 
         Raises:
           UserError: a request that scores more tokens than the model's context, or has ids it does not know.
         """
         check_fits(requests, self.model.config)
+        allowed_V = drawable(decodable, self.model.config.vocab_size, self.model.config.padded_vocab)
         fitted = [self._fitted(request) for request in requests]
         found = [Score(0.0, True)] * len(requests)
         pending: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None
@@ -97,7 +109,7 @@ class Scorer:
         order = _longest_first(fitted)
         total = len(order)
         for batch in batches(order, fitted, self.context, self.rows):
-            dispatched = self._dispatch([fitted[index] for index in batch.indices], batch)
+            dispatched = self._dispatch([fitted[index] for index in batch.indices], batch, allowed_V)
             collect()
             pending = batch, dispatched
         collect()
@@ -116,7 +128,9 @@ class Scorer:
             self.truncated += 1
         return Request(request.tokens[-(self.context + 1) :], request.scored)
 
-    def _dispatch(self, requests: list[Request], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def _dispatch(
+        self, requests: list[Request], batch: Batch, allowed_V: np.ndarray | None
+    ) -> tuple[jax.Array, jax.Array]:
         feed = self._feeds.setdefault(batch.rows, Feed(self._mesh, 1, batch.rows))
         tokens_rT = np.zeros((len(feed.rows), batch.given), np.int32)
         first_r1 = np.zeros((len(feed.rows), 1), np.int32)
@@ -132,7 +146,7 @@ class Scorer:
             tokens_rT[i, :given], first_r1[i] = tokens[:-1], first
             targets_rC[i, inside], counts_rC[i, inside] = tokens[-scored:], True
         placed = (feed.place(a)[0] for a in (tokens_rT, first_r1, targets_rC, counts_rC))
-        return _scores(self.model, self.params, *placed)
+        return _scores(self.model, self.params, *placed, allowed_V)
 
 
 def check_fits(requests: Sequence[Request], shape: ModelConfig) -> None:
@@ -192,6 +206,7 @@ def _scores(
     first_B1: jax.Array,
     targets_BC: jax.Array,
     counts_BC: jax.Array,
+    allowed_V: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of ln p, all greedy) of the targets that count, (B,); the first target follows given token first_B1."""
     decoder = model.bind(params)
@@ -199,7 +214,7 @@ def _scores(
     cut = functools.partial(_cut, targets_BC.shape[1])
     states = spec("batch seq embed")
     x_BCD = jax.shard_map(cut, in_specs=(states, spec("batch _")), out_specs=states, check_vma=False)(x_BTD, first_B1)
-    nats_BC, greedy_BC = token_log_likelihoods(x_BCD, decoder.head(), targets_BC)
+    nats_BC, greedy_BC = token_log_likelihoods(x_BCD, decoder.head(), targets_BC, allowed_V=allowed_V)
     nats_B = jnp.sum(jnp.where(counts_BC, nats_BC, 0.0), 1)
     return nats_B, jnp.all(greedy_BC | ~counts_BC, 1)
 

@@ -19,7 +19,7 @@ from meshgpt.distributed.batch import fetch
 from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
 from meshgpt.inference.cpu_layout import RowsOfOutputs
-from meshgpt.inference.sampling import Knobs, Sampling, draw
+from meshgpt.inference.sampling import Knobs, Sampling, draw, drawable
 from meshgpt.models.decoder import Decoder, single_blocks
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import Weight, weight
@@ -67,23 +67,34 @@ class _State:
 
 
 def generate(
-    model: Model, params: Tree, prompts: list[list[int]], sampling: Sampling, *, eot_id: int | None
+    model: Model,
+    params: Tree,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    eot_id: int | None,
+    decodable: np.ndarray | None = None,
 ) -> list[list[list[int]]]:
     """New token ids of each sample of each prompt, without the end-of-text id that ended them.
 
     Needs a mesh set. An empty prompt begins with the end of text. For several calls make one `Generator`.
 
+    Args:
+      decodable: the tokenizer's: no other id is drawn, where the model has more. None draws any of the model's.
+
     Raises:
       UserError: no prompts, an id the model does not know, a prompt that leaves no room in the context.
     """
-    return Generator(model, params).generate(prompts, sampling, eot_id=eot_id)
+    return Generator(model, params).generate(prompts, sampling, eot_id=eot_id, decodable=decodable)
 
 
 def generate_text(
     model: Model, params: Tree, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling
 ) -> list[list[str]]:
     """The continuations (without their prompts) of each prompt."""
-    ids = generate(model, params, tokenizer.encode_batch(prompts), sampling, eot_id=tokenizer.eot_id)
+    ids = generate(
+        model, params, tokenizer.encode_batch(prompts), sampling, eot_id=tokenizer.eot_id, decodable=tokenizer.decodable
+    )
     return [[tokenizer.decode(sample) for sample in samples] for samples in ids]
 
 
@@ -104,6 +115,7 @@ class Generator:
         sampling: Sampling,
         *,
         eot_id: int | None,
+        decodable: np.ndarray | None = None,
         enough: Callable[[list[int]], bool] | None = None,
     ) -> list[list[list[int]]]:
         """See the function `generate`. `enough` tells of a sample's tokens so far whether they are all that is wanted;
@@ -115,9 +127,9 @@ class Generator:
         rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, eot_id)
         last = longest + int(fetch(rows.limit_R).max())
         slots = _slots(longest + 1, last, shape.n_positions)
-        knobs = Knobs.of(sampling)
+        knobs, allowed_V = Knobs.of(sampling), drawable(decodable, shape.vocab_size, shape.padded_vocab)
         tokens_PT, lengths_P = _padded(prompts, _power(longest, shape.n_positions), shards)
-        out_RC, state = _prefill(self._ready, tokens_PT, lengths_P, rows, done_R, knobs, slots)
+        out_RC, state = _prefill(self._ready, tokens_PT, lengths_P, rows, done_R, knobs, slots, allowed_V)
         found = [fetch(out_RC)]
         while not fetch(state.done_R).all():
             used = longest + int(fetch(state.drawn_R).max()) - 1
@@ -125,7 +137,7 @@ class Generator:
                 slots = _slots(used + 1, last, shape.n_positions)
                 state = _grow(state, slots)
             steps = min(CHUNK, slots - used)
-            out_RC, state = _decode(self._ready, rows, knobs, state, np.int32(steps))
+            out_RC, state = _decode(self._ready, rows, knobs, state, np.int32(steps), allowed_V)
             found.append(fetch(out_RC)[:, :steps])
             if enough is not None:
                 state = _end(state, _ended(np.concatenate(found, 1), state, enough))
@@ -243,6 +255,7 @@ def _prefill(
     done_R: jax.Array,
     knobs: Knobs,
     slots: int,
+    allowed_V: jax.Array | None = None,
 ) -> tuple[jax.Array, _State]:
     """The prompts through the model once, a row for each sample of each, and every row's first token."""
     rows = _on_mesh(rows)
@@ -257,7 +270,8 @@ def _prefill(
     heads = ready.decoder.shape.n_heads
     caches = tuple(cache.of_rows(rows.prompt_R, heads).lengthened(slots) for cache in caches)
     done_R = jax.sharding.reshard(done_R, spec("batch"))
-    return _drawn(logits_RV, rows, knobs, _State(rows.prompt_R, jnp.zeros_like(rows.length_R), done_R, caches))
+    state = _State(rows.prompt_R, jnp.zeros_like(rows.length_R), done_R, caches)
+    return _drawn(logits_RV, rows, knobs, allowed_V, state)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -266,7 +280,14 @@ def _grow(state: _State, slots: int) -> _State:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _decode(ready: _Ready, rows: _Rows, knobs: Knobs, state: _State, steps: jax.Array) -> tuple[jax.Array, _State]:
+def _decode(
+    ready: _Ready,
+    rows: _Rows,
+    knobs: Knobs,
+    state: _State,
+    steps: jax.Array,
+    allowed_V: jax.Array | None = None,
+) -> tuple[jax.Array, _State]:
     """Up to `steps` more tokens of each row: (R, CHUNK), of which a row's valid ones are those it has drawn."""
     rows = _on_mesh(rows)
     longest = jnp.max(jax.sharding.reshard(rows.length_R, spec("_")))
@@ -286,7 +307,7 @@ def _decode(ready: _Ready, rows: _Rows, knobs: Knobs, state: _State, steps: jax.
         slots = Slots(slot, seen_RS[:, None])
         x_R1D, caches = ready.decoder.extend(state.token_R[:, None], positions_R1, slots, state.caches, ready.blocks)
         token_R1, state = _drawn(
-            ready.decoder.logits(x_R1D)[:, 0], rows, knobs, dataclasses.replace(state, caches=caches)
+            ready.decoder.logits(x_R1D)[:, 0], rows, knobs, allowed_V, dataclasses.replace(state, caches=caches)
         )
         return step + 1, jax.lax.dynamic_update_slice_in_dim(out_RC, token_R1, step, 1), state
 
@@ -299,9 +320,13 @@ def _on_mesh(rows: _Rows) -> _Rows:
     return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, spec("batch")), rows)
 
 
-def _drawn(logits_RV: jax.Array, rows: _Rows, knobs: Knobs, state: _State) -> tuple[jax.Array, _State]:
+def _drawn(
+    logits_RV: jax.Array, rows: _Rows, knobs: Knobs, allowed_V: jax.Array | None, state: _State
+) -> tuple[jax.Array, _State]:
     """One token a row, (R, 1), and the state after it. A row that is done stays as it is."""
     logits_RV = jax.sharding.reshard(logits_RV, spec("batch _"))
+    if allowed_V is not None:
+        logits_RV = jnp.where(jax.sharding.reshard(allowed_V, spec("_"))[None], logits_RV, -jnp.inf)
     by_row, same = spec("batch"), jax.tree.map(lambda _: spec(""), knobs)
     token_R = jax.shard_map(
         draw, in_specs=(spec("batch _"), by_row, by_row, by_row, same), out_specs=by_row, check_vma=False

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meshgpt.errors import UserError
 
@@ -66,6 +67,22 @@ class Knobs:
             top_p=jnp.float32(sampling.top_p),
             seed=jnp.uint32(sampling.seed),
         )
+
+
+def drawable(decodable: np.ndarray | None, vocab_size: int, rows: int) -> np.ndarray | None:
+    """bool (rows,): the ids that may be drawn, of a model of `vocab_size` ids in a table of `rows`.
+
+    None is all that the model has: a program without a mask, and so with the bits that it had.
+
+    Args:
+      decodable: the tokenizer's (`Tokenizer.decodable`); None for a model that is used without one.
+    """
+    if decodable is None:
+        return None
+    allowed = np.zeros(rows, np.bool_)
+    known = decodable[:vocab_size]
+    allowed[: len(known)] = known
+    return None if allowed[:vocab_size].all() else allowed
 
 
 def draw(logits_RV: jax.Array, prompt_R: jax.Array, sample_R: jax.Array, index_R: jax.Array, knobs: Knobs) -> jax.Array:

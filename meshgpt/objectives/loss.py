@@ -249,30 +249,36 @@ def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen,
 
 
 def token_log_likelihoods(
-    x_BTD: jax.Array, head: Head, targets_BT: jax.Array, chunk_tokens: int = NextToken.chunk_tokens
+    x_BTD: jax.Array,
+    head: Head,
+    targets_BT: jax.Array,
+    chunk_tokens: int = NextToken.chunk_tokens,
+    allowed_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), whether the target is the likeliest token, of equals the first) of each token.
 
     float32 and bool (B, T), of hidden states (B, T, D) and targets (B, T). A device holds the logits of `chunk_tokens`
-    tokens at a time.
+    tokens at a time. `allowed_V` are the tokens that may be the likeliest, None for all; probabilities are over all.
     """
-    rows = spec("batch seq")
+    rows, vocabulary = spec("batch seq"), spec("vocab")
+    allowed_V = None if allowed_V is None else jax.sharding.reshard(allowed_V, vocabulary)
     score = jax.shard_map(
         functools.partial(_local_scores, head.vocab_size, chunk_tokens),
         in_specs=(
             spec("batch seq embed"),
             spec("vocab_fsdp embed"),
-            None if head.bias_V is None else spec("vocab"),
+            None if head.bias_V is None else vocabulary,
+            None if allowed_V is None else vocabulary,
             rows,
         ),
         out_specs=(rows, rows),
         check_vma=False,
     )
-    log_likelihood_BT, greedy_BT = score(x_BTD, head.weight_VD, head.bias_V, targets_BT)
+    log_likelihood_BT, greedy_BT = score(x_BTD, head.weight_VD, head.bias_V, allowed_V, targets_BT)
     return log_likelihood_BT, greedy_BT
 
 
-def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, targets_bT):
+def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, allowed_v, targets_bT):
     """`token_log_likelihoods` of one device's tokens."""
     w_vD, ids_v = _vocabulary(weight_shard, x_bTD.dtype)
 
@@ -282,7 +288,12 @@ def _local_scores(vocab_size, chunk_tokens, x_bTD, weight_shard, bias_v, targets
         top = jax.lax.pmax(logits.max(-1), "tensor")
         normaliser = jax.lax.psum(jnp.exp(logits - top[..., None]).sum(-1), "tensor")
         gold = jax.lax.psum(jnp.where(ids_v[None, None] == targets_bc[..., None], logits, 0.0).sum(-1), "tensor")
-        ids_bcv = jnp.where(logits == top[..., None], ids_v[None, None], jnp.iinfo(jnp.int32).max)
+        if allowed_v is None:
+            best = top
+        else:
+            logits = jnp.where(allowed_v[None, None], logits, -jnp.inf)
+            best = jax.lax.pmax(logits.max(-1), "tensor")
+        ids_bcv = jnp.where(logits == best[..., None], ids_v[None, None], jnp.iinfo(jnp.int32).max)
         first = jax.lax.pmin(ids_bcv.min(-1), "tensor")
         return None, (gold - top - jnp.log(normaliser), first == targets_bc)
 
