@@ -1,11 +1,13 @@
 """What a run says and checks around its end."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from runs import Here, Workshop
 
 from meshgpt.config import Samples
 from meshgpt.data.tokenizer import load_tokenizer
@@ -46,3 +48,30 @@ def test_samples_show_prompt_and_continuation(finished: Path):
     text = (finished / "samples.txt").read_text()
     assert "--- sample 1, prompt 'def '\ndef " in text
     assert "--- sample 2, prompt 'import '\nimport " in text
+
+
+@pytest.mark.parametrize("broken", ["plot_loss", "generate_text", "summary"])
+def test_what_only_decorates_keeps_no_run_from_its_export(
+    workshop: Workshop, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+):
+    flags = (workshop.recipe(tmp_path), "--run-dir", tmp_path / "run", "--steps", 5, "--eval-batches", 1)
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, broken, fails)
+        ended = here.train(*flags)
+    assert ended.code == 0, ended
+    assert "could not be made: " in ended.out
+    assert "Traceback" not in ended.out + ended.err
+    folder = RunFolder(tmp_path / "run")
+    assert folder.finished_step() == 5
+    assert (folder.export / "model.safetensors").is_file()
+    if broken != "summary":
+        again = here.train(*flags)
+        assert again.code == 0, again
+        assert "could not be made" not in again.out
+        assert folder.plot.is_file()
+        assert folder.samples.is_file()
+        assert "this run is finished" in here.train(*flags).out

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from meshgpt.training.trackers import read_json_lines
 from meshgpt.trees import Tree
 
 PROBE_TOKENS = 128
+T = TypeVar("T")
 
 
 def sampling(run: Run) -> Sampling:
@@ -84,15 +86,33 @@ def finish(
     run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """All of it, in order; `say` takes a line at a time. `params` are gone afterwards."""
-    if jax.process_index() == 0:
-        plot_loss(folder.metrics, folder.plot, folder.path.name)
-    if run.samples.prompts:
-        say(write_samples(run, folder, model, params, tokenizer))
+    """Writes the loss curve, the samples and the export, and says the summary; `params` are gone afterwards.
+
+    What only decorates a trained run (curve, samples, summary) is reported where it fails, and the export goes on.
+
+    Args:
+        say: takes a line at a time.
+    """
+    first = jax.process_index() == 0
+    if first:
+        _optional("the loss curve", lambda: plot_loss(folder.metrics, folder.plot, folder.path.name), say)
+    if run.samples.prompts:  # computed by all processes, which fail alike
+        text = _optional("the samples", lambda: write_samples(run, folder, model, params, tokenizer), say)
+        say(text or "")
     if run.export != "none":
         say(f"export: {export_run(run, folder, model, params, tokenizer, store)}")
-    if jax.process_index() == 0:
-        say(summary(run, folder))
+    if first:
+        say(_optional("the summary", lambda: summary(run, folder), say) or "")
+
+
+def _optional(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
+    """make(), or None after saying why `what` is missing."""
+    try:
+        return make()
+    except Exception as error:  # whatever it is: hours of training must not be held up by it
+        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        say(f"{what} could not be made: {cause}. The model is trained and saved; the same command tries this again")
+        return None
 
 
 def summary(run: Run, folder: RunFolder) -> str:
