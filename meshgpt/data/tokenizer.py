@@ -5,6 +5,7 @@ end-of-text id, which whoever joins documents adds (`Tokenizer.eot_id`).
 """
 
 import abc
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,7 +26,22 @@ _EXPECTED = "a folder with tokenizer.json, with vocab.json and merges.txt, or wi
 MIN_BPE_VOCAB = 257  # every byte, and the end of text
 # Newline and tab are pieces of their own, so that sentencepiece, which knows no separator but the space, keeps them.
 _SENTENCEPIECE_SYMBOLS = ("\n", "\t")
+_CONTROL = 3  # sentencepiece's type of pieces that text never gets
 _SENTENCEPIECE_LINE = 1_000  # characters; its trainer drops longer "sentences", so longer lines are cut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Definition:
+    """What decides which ids a text gets.
+
+    vocabulary: id by piece, special tokens included. special: pieces that text is never encoded as. merges: of BPE, in
+    order of rank, or the scores of unigram pieces. rules: all other settings, by name.
+    """
+
+    vocabulary: dict[str, int]
+    special: set[str]
+    merges: list[Any]
+    rules: dict[str, Any]
 
 
 class Tokenizer(abc.ABC):
@@ -53,6 +69,10 @@ class Tokenizer(abc.ABC):
             texts: valid Unicode (no lone surrogates).
             continued: the texts carry on where others, cut before a single space, ended: nothing is put in front.
         """
+
+    @abc.abstractmethod
+    def definition(self) -> Definition:
+        """What decides its ids, in one form for all kinds of tokenizers; see `tokenizer_difference`."""
 
     @abc.abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -111,6 +131,9 @@ class ByteLevelBPE(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
+    def definition(self) -> Definition:
+        return _definition(json.loads(self._json))
+
     def to_json(self) -> str:
         """What is in tokenizer.json."""
         return self._json
@@ -163,6 +186,27 @@ class SentencePiece(Tokenizer):
             else:
                 run.append(i)
         return "".join([*parts, self._processor.decode(run)])
+
+    def definition(self) -> Definition:
+        backend = _sentencepiece_backend(self._model, self._processor)
+        if backend is not None:
+            return _definition(json.loads(_canonical(backend)))
+        proto = _model_proto(self._model)
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        return Definition(
+            vocabulary={piece.piece: i for i, piece in enumerate(proto.pieces)},
+            special={piece.piece for piece in proto.pieces if piece.type == _CONTROL},
+            merges=[(piece.piece, piece.score, piece.type) for piece in proto.pieces if piece.type != _CONTROL],
+            rules={
+                "model": trainer.model_type,
+                "byte fallback": trainer.byte_fallback,
+                "whitespace as suffix": trainer.treat_whitespace_as_suffix,
+                "normalizer": hashlib.sha256(normalizer.precompiled_charsmap).hexdigest(),
+                "prefix of a space": normalizer.add_dummy_prefix,
+                "removal of extra spaces": normalizer.remove_extra_whitespaces,
+                "escape of spaces": normalizer.escape_whitespaces,
+            },
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.model, and tokenizer.json where an exact one exists (BPE models that do not normalise)."""
@@ -264,6 +308,29 @@ def _byte_level(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
 def _canonical(backend: "tokenizers.Tokenizer") -> str:
     """One spelling of tokenizer.json, so that equal tokenizers have equal bytes."""
     return json.dumps(json.loads(backend.to_str()), ensure_ascii=False, indent=1, sort_keys=True)
+
+
+def _definition(described: dict[str, Any]) -> Definition:
+    """Of a tokenizer.json, without what changes no id (offsets, decoders, templates of special tokens)."""
+    model = dict(described["model"])
+    pieces, merges = model.pop("vocab"), model.pop("merges", [])
+    if isinstance(pieces, list):  # unigram: pieces with their scores
+        pieces, merges = {piece: i for i, (piece, _) in enumerate(pieces)}, pieces
+    added = described["added_tokens"]
+    rules = {name: value for name, value in model.items() if value not in (None, "", False)}
+    rules["normalizer"], rules["pre-tokenizer"] = described["normalizer"], described["pre_tokenizer"]
+    if isinstance(rules["pre-tokenizer"], dict):
+        rules["pre-tokenizer"] = {k: v for k, v in rules["pre-tokenizer"].items() if k != "trim_offsets"}
+    if "ByteLevel" in json.dumps(rules["pre-tokenizer"]):
+        rules.pop("unk_token", None)  # every byte has a piece
+    rules["added tokens"] = sorted((t["content"], t["lstrip"], t["rstrip"], t["normalized"], t["single_word"])
+                                   for t in added if not t["special"])  # fmt: skip
+    return Definition(
+        vocabulary=pieces | {token["content"]: token["id"] for token in added},
+        special={token["content"] for token in added if token["special"]},
+        merges=merges,
+        rules=rules,
+    )
 
 
 def _load_tokenizer_json(path: Path) -> ByteLevelBPE:

@@ -18,6 +18,7 @@ from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
 from meshgpt.config import Run, from_json, to_json
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
+from meshgpt.data.tokenizer_difference import difference
 from meshgpt.errors import UserError
 from meshgpt.models.model import Model, ModelConfig
 from meshgpt.models.precision import Float, Precision
@@ -27,7 +28,6 @@ from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
-_SAMPLE = "The café's menu: 3 eggs, naïve toast...\n\tdef f(x):\n        return x ** 2  # 日本\n"
 
 
 def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float, report: Callable[[str], None]) -> None:
@@ -207,8 +207,8 @@ def _open(source: str) -> "convert.Source | Imported":
 
 
 def _check_tokenizer(theirs: Tokenizer, ours: Tokenizer, source: str) -> None:
-    if theirs.encode(_SAMPLE) != ours.encode(_SAMPLE):
+    if found := difference(theirs, ours):
         raise UserError(
-            f"the tokenizer of {source} ({theirs.vocab_size} ids) gives other ids than the one the text was prepared "
-            f"with ({ours.vocab_size} ids): prepare the text with --tokenizer set to that model's folder"
+            f"the tokenizer of {source} gives other ids than the one that the text was prepared with: {found}, in this "
+            "order. Prepare the text with --tokenizer set to that model's folder"
         )

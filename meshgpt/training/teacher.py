@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from meshgpt import convert
 from meshgpt.config import Run
 from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.data.tokenizer_difference import difference
 from meshgpt.errors import UserError
 from meshgpt.evals import results
 from meshgpt.models.layers import Weight
@@ -27,7 +28,6 @@ from meshgpt.training.step import make_eval_step
 from meshgpt.training.validation import Validation
 from meshgpt.trees import Tree, leaves_with_names, map_with_names
 
-_SAMPLE = "It's 1,234 o'clock: naïve café,\n\tif (x[0] == 'y') { return 日本; }  \n\nThe end... "
 _ROWS = ("wte_VD", "head_VD", "head_bias_V")  # what has a row for each id
 
 
@@ -144,11 +144,14 @@ def _read(objective: Distill, taught: Model, tokenizer: Tokenizer, dtype: str, s
     precision = dataclasses.replace(taught.precision, params=dtype)
     opened = open_trained(_folder(objective.teacher), precision, say)
     theirs = opened.tokenizer
-    if (theirs.vocab_size, theirs.encode(_SAMPLE)) != (tokenizer.vocab_size, tokenizer.encode(_SAMPLE)):
+    found = difference(theirs, tokenizer)
+    if theirs.vocab_size != tokenizer.vocab_size:
+        found = found or f"it has {theirs.vocab_size:,} ids and {tokenizer.vocab_size:,}"
+    if found:
         raise UserError(
-            f"--objective.teacher {objective.teacher}: its tokenizer ({theirs.vocab_size:,} ids) gives other ids than "
-            f"the run's ({tokenizer.vocab_size:,} ids): a student can only be taught in the teacher's tokens. Prepare "
-            "the text with --tokenizer set to the teacher's folder"
+            f"--objective.teacher {objective.teacher}: its tokenizer gives other ids than the run's: {found}, in this "
+            "order. A student can only be taught in the teacher's tokens: prepare the text with --tokenizer set to the "
+            "teacher's folder"
         )
     say(f"the teacher is {objective.teacher}")
     rows = taught.config.padded_vocab
