@@ -18,11 +18,12 @@ from meshgpt.models.trainable import Full, Trainable
 from meshgpt.objectives.distillation import Distill
 from meshgpt.objectives.loss import NextToken
 from meshgpt.optim.config import AdamW, Optimizer
+from meshgpt.settings import settings
 
 Objective: TypeAlias = NextToken | Distill
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("data")
 class Data:
     """Where the tokens come from."""
 
@@ -43,7 +44,7 @@ class Data:
         check_stages(self.mixture)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("evals")
 class Evals:
     """What is measured on the way besides the run's own held-out text (docs/evaluation.md)."""
 
@@ -82,7 +83,7 @@ class Evals:
         return store.partition("=")[0]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("samples")
 class Samples:
     """Texts written at the end of a run, to `samples.txt` and the console."""
 
@@ -93,7 +94,7 @@ class Samples:
     top_p: float = 0.95
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Run:
     """A training run."""
 
@@ -128,7 +129,7 @@ class Run:
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go besides the console and metrics.jsonl: `tensorboard/` in the run's folder, Weights & Biases."""
     max_bad_steps: int = 20
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after so many steps in a row whose loss, gradient, learning rate or updated parameters are not finite."""
     check_replicas_every: int = 0
     """Compare the replicas of parameters, optimizer state and gradients, bit for bit, after every so many steps, and
     the state before each save: a device that computes wrongly is named before a checkpoint is spoiled. 0 does not."""

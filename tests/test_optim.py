@@ -46,7 +46,7 @@ def _linear(final: float, steps: int) -> Callable[[int], float]:
 def _pieces(t: int) -> float:
     """Up to the peak over 5, down to a half along a cosine over 20, 0.3 for 10, then down to 0.1 in a line over 15."""
     if t < 5:
-        return PEAK * t / 5
+        return PEAK * (t + 1) / 5
     if t < 25:
         return PEAK * (0.5 + 0.5 * (1 + math.cos(math.pi * (t - 5) / 20)) / 2)
     if t < 35:
@@ -91,6 +91,21 @@ def test_without_a_warmup_the_first_step_is_at_the_peak(schedule: Schedule) -> N
     rate = learning_rate(AdamW(peak_lr=PEAK, warmup_steps=0, schedule=schedule), 5)
     with jax.numpy_dtype_promotion("standard"):
         assert float(rate(jnp.int32(0))) == pytest.approx(PEAK, rel=1e-6)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [Cosine, Linear])
+def test_a_warmup_as_a_piece_is_the_warmup(kind: type, final: float) -> None:
+    """Every step of Cosine and Linear after a warmup is that of the same two pieces; none trains at 0."""
+    warmed = learning_rate(AdamW(peak_lr=PEAK, warmup_steps=7, schedule=kind(final=final)), 40)
+    shape = "cosine" if kind is Cosine else "linear"
+    pieces = Piecewise(pieces=(Piece(steps=7, to=1.0), Piece(steps=33, to=final, shape=shape)))
+    cut = learning_rate(AdamW(peak_lr=PEAK, schedule=pieces), 40)
+    with jax.numpy_dtype_promotion("standard"):
+        rates = [(float(warmed(jnp.int32(t))), float(cut(jnp.int32(t)))) for t in range(45)]
+    np.testing.assert_allclose(*zip(*rates, strict=True), rtol=1e-5, atol=1e-9 * PEAK)
+    assert rates[0][0] == pytest.approx(PEAK / 7, rel=1e-6)
+    assert rates[6][0] == pytest.approx(PEAK, rel=1e-6)
 
 
 def test_gptj_schedule_is_a_warmup_a_cosine_and_a_constant() -> None:

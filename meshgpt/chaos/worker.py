@@ -4,7 +4,6 @@ MESHGPT_CHAOS names a folder: notes go into `fed/` in it, one file a process, an
 and every sync takes longer.
 """
 
-import json
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from meshgpt import train
 from meshgpt.data.pipeline import Batches, Rows
+from meshgpt.settings import json_text
 
 VARIABLE = "MESHGPT_CHAOS"
 _SLOW_SECONDS = 0.25
@@ -36,7 +36,7 @@ def _noted(folder: Path, iterate: Callable[..., Generator[Rows, None, None]]) ->
         with open(folder / f"{time.time_ns()}-{os.getpid()}.jsonl", "w", encoding="ascii") as notes:
             for step, (tokens, weights) in enumerate(iterate(batches, start, stop, rows), start=start + 1):
                 fed = {int(row): zlib.crc32(tokens[i].tobytes()) for i, row in enumerate(rows)}
-                notes.write(json.dumps({"step": step, "rows": fed}) + "\n")
+                notes.write(json_text({"step": step, "rows": fed}) + "\n")
                 notes.flush()
                 yield tokens, weights
 

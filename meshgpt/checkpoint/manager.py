@@ -7,7 +7,6 @@ Orbax's AsyncCheckpointer is used directly, not its CheckpointManager: that one 
 its digests, counts damaged steps as kept ones, and skips a save it finds unnecessary.
 """
 
-import dataclasses
 import errno
 import functools
 import json
@@ -28,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from meshgpt.checkpoint import manifest, orbax_io
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 from meshgpt.trees import Tree
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -41,7 +41,7 @@ _VERIFY, _RESULT = 0, 1  # what process 0 tells the others: a step to verify wit
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("checkpointing")
 class Checkpointing:
     """How often checkpoints are saved and which are kept. Steps are optimizer steps."""
 

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import json
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ from meshgpt.distributed.heartbeat import Silence
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.models.model import check_divisibility
+from meshgpt.settings import json_text
 from meshgpt.training.trackers import duration
 
 USAGE = """usage: meshgpt chaos [--kills N] [--seed S] ... RECIPE [flags of the recipe]
@@ -150,7 +150,7 @@ def chaos(arguments: Sequence[str]) -> int:
         shutil.copytree(disk.path, out / "disturbed", ignore=shutil.ignore_patterns("filler"))
     verdict = {"seed": asked.seed, "held": held, "failed": failed, "restarts": trial.restarts}
     verdict |= {"seconds": round(time.monotonic() - begun, 1), "faults": trial.faults}
-    (out / "chaos.json").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
+    (out / "chaos.json").write_text(json_text(verdict, indent=1) + "\n", encoding="utf-8")
     counted = collections.Counter(fault["kind"] for fault in trial.faults)
     print("; ".join(f"{count} x {kind}" for kind, count in sorted(counted.items())))
     print(f"{len(trial.faults)} faults, {trial.restarts} restarts, {duration(time.monotonic() - begun)}")

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from meshgpt.hardware.topologies import Topology
 from meshgpt.models.model import check_divisibility
 from meshgpt.planning import aot
 from meshgpt.planning.aot import Proof, TooLargeError
+from meshgpt.settings import json_text
 from meshgpt.training.memory import MARGIN
 
 _GIB = 1 << 30
@@ -57,14 +57,14 @@ def compile_recipe(arguments: Sequence[str]) -> None:
     if asked.fix:
         results = search(run, topology, asked.tries, say)
         found = [{"flags": flags(one)} | _outcome(outcome) for one, outcome in results]
-        print(json.dumps(found) if asked.json else ranked(results))
+        print(json_text(found) if asked.json else ranked(results))
         return
     say(f"compiling for {topology.name}, {topology.device_count} devices: a minute or so")
     try:
         proof = aot.prove(run, topology)
     except TooLargeError as error:
         raise TooLargeError(f"{error}. {nearest(run, topology)}") from error
-    print(json.dumps(figures(proof)) if asked.json else describe(proof))
+    print(json_text(figures(proof)) if asked.json else describe(proof))
     if not proof.memory.fits:
         raise UserError(f"it fits only just: less than {MARGIN:.0%} is left. {nearest(run, topology)}")
 

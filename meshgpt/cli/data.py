@@ -1,6 +1,5 @@
 """`meshgpt data ...`: what a run saw and sees, which documents, and a look at a store."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from meshgpt.data.packing import pack as pack_store
 from meshgpt.data.store import Split, Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 from meshgpt.training.data import RunData, open_run
 from meshgpt.training.trackers import progress_bar
 
@@ -22,7 +22,7 @@ _DECODED = 1 << 16  # tokens turned into text at a time, when searching
 Place = Annotated[Path, tyro.conf.Positional]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class OrderArguments:
     """The digest of what each step sees: equal digests, equal tokens, on any machine."""
 
@@ -33,7 +33,7 @@ class OrderArguments:
     """The last step; 0 is the run's last."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class ShowArguments:
     """The text of a step's batch, row by row, with the names of its documents."""
 
@@ -45,7 +45,7 @@ class ShowArguments:
     """This row alone, from 0."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class FindArguments:
     """The documents that contain a text, and the steps that see it."""
 
@@ -58,7 +58,7 @@ class FindArguments:
     """Stop after so many documents."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class InspectArguments:
     """Documents, tokens, lengths, common tokens and samples of a store, as text and as a picture."""
 
@@ -68,7 +68,7 @@ class InspectArguments:
     """The picture; inspect.png in the store's folder if not given."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class PackArguments:
     """Packs whole documents side by side into sequences, for data.packing 'best_fit'."""
 

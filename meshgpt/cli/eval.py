@@ -19,12 +19,13 @@ from meshgpt.evals import choices, files, harness, perplexity, results
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.models.precision import Precision
+from meshgpt.settings import settings
 from meshgpt.training.load import Trained, open_trained
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Arguments:
     """What a trained model is worth: tasks of the lm-evaluation-harness, multiple-choice files, perplexity of texts.
 

@@ -1,6 +1,5 @@
 """The verbs that make a token store or read a trained model. Each takes its command-line arguments."""
 
-import dataclasses
 import itertools
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.precision import Float, Precision
 from meshgpt.models.trainable import plain
+from meshgpt.settings import settings
 from meshgpt.training import finish
 from meshgpt.training.load import open_adapters, open_trained
 from meshgpt.training.pretrained import import_model
@@ -47,7 +47,7 @@ def prepare(arguments: Sequence[str]) -> None:
     print(f"{store.folder} is ready: train on it with --data.store {store.folder}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class GenerateArguments:
     """Text from a trained model."""
 
@@ -75,7 +75,7 @@ def generate(arguments: Sequence[str]) -> None:
             print("-" * min(72, shutil.get_terminal_size().columns))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class ExportArguments:
     """A run as a Hugging Face folder, reopened from disk and compared with the live model before it gets its name."""
 
@@ -138,7 +138,7 @@ def _export_adapter(asked: ExportArguments) -> None:
     print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class ImportArguments:
     """Other people's weights as a checkpoint folder of ours, for generate, export and `--init`."""
 

@@ -23,6 +23,7 @@ from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.models.model import Model, ModelConfig, parameter_shapes
 from meshgpt.models.precision import Precision
 from meshgpt.report.blocks import Block, Code, Heading, Table, Text, to_markdown
+from meshgpt.settings import settings
 from meshgpt.training.load import open_trained
 from meshgpt.training.pretrained import RECORD
 from meshgpt.training.run_folder import RunFolder
@@ -34,7 +35,7 @@ Format: TypeAlias = Literal["nf4", "fp4", "int8", "gguf-q8_0", "gguf-q4_0"]
 _HELD_OUT_TOKENS = 100_000  # of a run's own held-out text
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Arguments:
     """A model in fewer bits, for other tools: bitsandbytes' formats (transformers), or GGUF (llama.cpp).
 

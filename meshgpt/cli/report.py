@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +13,10 @@ from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
 from meshgpt.report.serve import Server
 from meshgpt.report.write import read_runs, write_report
+from meshgpt.settings import settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Arguments:
     """A run's model card, plots and page; of several runs, their comparison. The runs may be in progress."""
 

@@ -7,7 +7,6 @@ the diagonal, of a rank and an alpha as many times larger.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.errors import UserError
 from meshgpt.models.lora import factors
 from meshgpt.models.trainable import LoRA
+from meshgpt.settings import json_text
 from meshgpt.trees import Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def export_adapter(
             with safetensor.Writer(folder / WEIGHTS, shapes, np.dtype(np.float32)) as writer:
                 for name, array in tensors.items():
                     writer.add(name, array)
-            text = json.dumps(_config_json(modules, part, base), indent=2, sort_keys=True)
+            text = json_text(_config_json(modules, part, base), indent=2, sort_keys=True)
             (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         multihost_utils.sync_global_devices("adapter written")
         for name, entry in safetensor.read_header(folder / WEIGHTS).items():

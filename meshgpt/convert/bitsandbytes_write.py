@@ -7,7 +7,6 @@ Source: `Params4bit` and `Int8Params` of bitsandbytes 0.50 (what is in the files
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models import bitsandbytes
 from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.settings import json_text
 
 Kind: TypeAlias = Literal["nf4", "fp4", "int8"]
 Contents: TypeAlias = Iterator[tuple[Stored, np.ndarray]]
@@ -177,7 +177,7 @@ def _add_quantized(files: "_Shards", name: str, x_OI: np.ndarray, form: BnbForm)
     else:
         files.add(f"{name}.absmax", absmax)
     files.add(f"{name}.quant_map", bitsandbytes.values(form.kind))
-    files.add(f"{name}.{STATE}{form.kind}", np.frombuffer(json.dumps(state).encode(), np.uint8))
+    files.add(f"{name}.{STATE}{form.kind}", np.frombuffer(json_text(state).encode(), np.uint8))
 
 
 class _Shards:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from meshgpt.convert.tokenizer import save_tokenizer
 from meshgpt.convert.verify import Probe, Verdict, read_back
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -136,4 +136,4 @@ def _write_index(folder: Path, shards: dict[str, list[Stored]], total: int) -> N
 
 def write_json(file: Path, contents: dict) -> None:
     """`contents` as the JSON files beside a model are written."""
-    file.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+    file.write_text(json_text(contents, indent=2, sort_keys=True) + "\n")

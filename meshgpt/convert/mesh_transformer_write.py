@@ -1,7 +1,6 @@
 """Our parameters back in the layout of Mesh-Transformer-JAX, streamed leaf by leaf; see `mtj` for the layout."""
 
 import contextlib
-import json
 import math
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from meshgpt.convert.safetensor import DTYPES
 from meshgpt.convert.verify import compare_tensors
 from meshgpt.errors import UserError
 from meshgpt.models.gptj import GPTJConfig
+from meshgpt.settings import json_text
 
 
 def export_mtj(
@@ -53,7 +53,7 @@ def export_mtj(
         leaves = _leaves(params, config, shards, step, moments)
         if first():
             _write(folder, leaves, count, shards)
-            (folder / mesh_transformer_read.SETTINGS).write_text(json.dumps(_settings(config, shards), indent=2) + "\n")
+            (folder / mesh_transformer_read.SETTINGS).write_text(json_text(_settings(config, shards), indent=2) + "\n")
         else:
             for _ in leaves:  # takes part in the gathering
                 pass

@@ -13,6 +13,7 @@ from meshgpt.convert.hf_names import ModelConfig
 from meshgpt.convert.tensors import Entry, Tensors
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.settings import settings
 
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 
@@ -20,7 +21,7 @@ _VOCABULARY = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 _POSITIONS = "transformer.wpe.weight"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Surgery:
     """What to change in a model that is imported; 0 leaves it as it is.
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 _FEW = 8  # sequences for which plain integers are quicker than arrays
 _WEIGHT_UNITS = 1 << 24  # weights become integers of this sum: 64 bits then hold (sequence number) x (weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data.mixture.sources")
 class Source:
     """A part of a mixture.
 
@@ -56,7 +57,7 @@ class Source:
         return self.name or Path(self.store).name or self.store
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data.mixture")
 class Stage:
     """A mixture for a part of the run.
 

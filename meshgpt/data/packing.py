@@ -9,7 +9,6 @@ A plan lies beside its store, in three files: pieces, the first piece of each re
 is written last. Legend: P pieces, R records.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from meshgpt.data.files import file_sha256, write_atomically
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text
 
 PIECE = np.dtype([("start", "<i8"), ("length", "<u4")])
 MAX_PADDING = 0.01
@@ -78,7 +78,7 @@ def pack(store: Store, seq_len: int) -> Packing:
             "cut_documents": cut,
             "sha256": {path.name: file_sha256(path) for path in (files.pieces, files.offsets)},
         }
-        write_atomically(files.index, json.dumps(index, indent=1) + "\n")
+        write_atomically(files.index, json_text(index, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the plan beside the store {store.folder}: {error}") from error
     return packing

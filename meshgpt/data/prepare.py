@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_s
 from meshgpt.data.worker import WorkerPool, token_dtype
 from meshgpt.data.writer import Counts, StoreWriter
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text, settings
 
 # Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.
 Progress = Callable[[str, int, int | None], None]
@@ -35,7 +36,7 @@ _COMMIT_SECONDS = 2.0
 TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data.prepare")
 class Prepare:
     """What to tokenize, how, and where to.
 
@@ -171,7 +172,7 @@ def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress)
     entries = writer.finish(lambda done, whole: progress("gzip -9 of the held-out text", done, whole))
     _check_splits(config, entries["splits"])
     index = _index(config, tokenizer, entries, out)
-    write_atomically(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(out / INDEX, json_text(index, indent=1, ensure_ascii=False) + "\n")
     writer.remove_work_files()
 
 
@@ -223,7 +224,7 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
         del settings[name]
     settings["tokenizer"] = None if config.tokenizer is None else load_tokenizer(config.tokenizer).fingerprint
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
-    return json.loads(json.dumps(settings))
+    return json.loads(json_text(settings))
 
 
 def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
@@ -241,7 +242,7 @@ def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     elif any(child.name != _LOCK for child in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no token store: choose another --out")
-    write_atomically(path, json.dumps(request, ensure_ascii=False))
+    write_atomically(path, json_text(request, ensure_ascii=False))
 
 
 def _difference(key: str, held: dict[str, Any], request: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from meshgpt.data.documents import Fragment
 from meshgpt.data.files import chunks, file_sha256, write_atomically
 from meshgpt.data.sources import Position, ReadBlock
 from meshgpt.data.worker import DOCUMENT, SHOWN_BAD, SPLITS, SplitPart, Tokenized
+from meshgpt.settings import json_text
 
 JOURNAL = "journal.json"
 SOURCES = "sources.jsonl"
@@ -206,7 +207,7 @@ class StoreWriter:
             self._splits[split].append(result.parts[split], closes=self._between_documents)
         self._val_text.append(result.val_text[: GZIP_BYTES - self._val_text.size])
         for digest in read.finished:
-            self._sources.append(json.dumps(asdict(digest), ensure_ascii=False).encode() + b"\n")
+            self._sources.append(json_text(asdict(digest), ensure_ascii=False).encode() + b"\n")
         self.counts = Counts(
             replaced=self.counts.replaced + result.replaced,
             replaced_documents=self.counts.replaced_documents + result.replaced_documents,
@@ -253,7 +254,7 @@ class StoreWriter:
         for appender in (self._sources, self._val_text):
             appender.sync()
         state |= {"sources_size": self._sources.size, "val_text_size": self._val_text.size}
-        write_atomically(self._folder / JOURNAL, json.dumps(state))
+        write_atomically(self._folder / JOURNAL, json_text(state))
 
     def close(self) -> None:
         """Closes the files without finishing."""

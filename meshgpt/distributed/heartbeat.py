@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from meshgpt.settings import json_text, settings
+
 VARIABLE = "MESHGPT_LAUNCH"
 STARTING, STEPPING, SAVING, EVALUATING, FINISHING = "starting", "stepping", "saving", "evaluating", "finishing"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -45,7 +47,7 @@ class Sign(Life):
         return Life(first=self.first, last=self.last, step_seconds=self.step_seconds)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Silence:
     """For how long a process may show no sign of life before it counts as hung, in seconds.
 
@@ -129,7 +131,7 @@ def goodput(lives: Sequence[Life], since: float) -> float:
 def orders(path: Path, since: float, lives: Sequence[Life]) -> dict[str, str]:
     """The environment of a process that is to write its signs into `path`; `lives` were before, since `since`."""
     before = [dataclasses.asdict(life) for life in lives]
-    return {VARIABLE: json.dumps({"path": str(path), "since": since, "lives": before, "supervisor": os.getpid()})}
+    return {VARIABLE: json_text({"path": str(path), "since": since, "lives": before, "supervisor": os.getpid()})}
 
 
 def read(path: Path) -> Sign | None:
@@ -211,7 +213,7 @@ class Pulse:
             return
         scratch = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk for temporary files is no reason to stop training
-            scratch.write_text(json.dumps(dataclasses.asdict(self._sign)), encoding="ascii")
+            scratch.write_text(json_text(dataclasses.asdict(self._sign)), encoding="ascii")
             os.replace(scratch, self._path)
 
 

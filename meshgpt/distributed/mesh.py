@@ -14,11 +14,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 AXES = ("data", "fsdp", "tensor")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("mesh")
 class MeshShape:
     """Devices along each mesh axis; at most one axis is -1 and takes what the others leave.
 

@@ -8,7 +8,6 @@ a collective, whose partners would give up.
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -31,6 +30,7 @@ from jax.experimental import multihost_utils
 
 import meshgpt
 from meshgpt.errors import MachineError, PortTakenError, UserError, flush_output
+from meshgpt.settings import settings
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ _LONG = 24 * 3600 * 1000  # milliseconds that processes wait while process 0 pre
 _turn = itertools.count().__next__  # every process takes the same turns in the same order, so their numbers agree
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Placement:
     """Which of the processes of a run this one is.
 

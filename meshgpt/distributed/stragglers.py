@@ -17,6 +17,7 @@ import numpy as np
 
 from meshgpt.distributed import processes
 from meshgpt.distributed.heartbeat import Pulse
+from meshgpt.settings import json_text
 
 _MOST_NAMED = 16  # processes whose time gets a column of its own in the metrics
 _SLOW = 2.0  # times the median
@@ -40,7 +41,7 @@ class Pace:
         if not self.several:
             return {}
         mine = self._pulse.own_seconds() + _probe()
-        told = processes.told(f"pace/{step}", json.dumps([mine, socket.gethostname()]))
+        told = processes.told(f"pace/{step}", json_text([mine, socket.gethostname()]))
         if not told:
             return {}
         seconds = {number: json.loads(text)[0] for number, text in sorted(told.items())}

@@ -6,7 +6,6 @@ checkpoint, later each time that nothing was gained, and not for ever.
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 from meshgpt.distributed import heartbeat
 from meshgpt.distributed.heartbeat import Life, Listener, Sign, Silence
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text, settings
 
 _USER_ERROR = 2  # an exit code that another start would meet again
 _PORT_TAKEN = 4  # ... that another port mends
@@ -30,7 +30,7 @@ _TAIL_LINES = 3
 _NOISE = ("[Gloo]", "@ ", "***")  # of the peers at every start; of a stack that a signal interrupted
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Patience:
     """When to act. Times in seconds.
 
@@ -48,7 +48,7 @@ class Patience:
     deadline: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Layout:
     """How many processes, and the virtual CPU devices of each; 0 leaves the devices to the environment.
 
@@ -263,7 +263,7 @@ class Supervisor:
         }
         try:
             with open(self._folder / "restarts.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json_text(entry) + "\n")
         except OSError as error:  # the disk may be what the processes died of
             self._say(f"cannot write {error.filename}: {error.strerror}")
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("sampling")
 class Sampling:
     """How new tokens are drawn.
 

@@ -16,9 +16,10 @@ from meshgpt.errors import UserError
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import Context, Execution, LayerNorm, weight
 from meshgpt.models.scan import run_stack, unstack
+from meshgpt.settings import settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("model")
 class Shape:
     """The sizes of a decoder.
 

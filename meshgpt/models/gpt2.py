@@ -3,8 +3,6 @@
 Oracle: `GPT2LMHeadModel` of Hugging Face transformers. Legend: as in `layers`.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,11 +13,12 @@ from meshgpt.errors import UserError
 from meshgpt.models.decoder import Decoder, Head, Shape
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, dropout, param, weight
+from meshgpt.settings import settings
 
 INIT_STD = 0.02
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("model")
 class GPT2Config(Shape):
     """GPT-2's sizes; the defaults are the published 124M model's (124,439,808 parameters).
 

@@ -6,8 +6,6 @@ way). Initialisation as in Mesh-Transformer-JAX: normal deviates cut off at twic
 Legend: as in `layers`.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,9 +15,10 @@ from meshgpt.errors import UserError
 from meshgpt.models.decoder import Decoder, Head, Shape
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, param, rotary_table
+from meshgpt.settings import settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("model")
 class GPTJConfig(Shape):
     """GPT-J's sizes; the defaults are the published 6B model's (6,050,882,784 parameters).
 

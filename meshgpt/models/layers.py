@@ -18,6 +18,7 @@ from meshgpt.distributed.mesh import gathered, spec
 from meshgpt.errors import UserError
 from meshgpt.models.attention_kernels import Kernel, attend_fused, pick_kernel
 from meshgpt.models.kv_cache import LayerCache, Slots, attend_cached
+from meshgpt.settings import settings
 
 Remat = Literal["none", "full", "dots", "named", "offload"]
 
@@ -25,7 +26,7 @@ Remat = Literal["none", "full", "dots", "named", "offload"]
 SAVED_NAMES = ("q", "k", "v", "attention", "mlp_up")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("execution")
 class Execution:
     """How the layers run; never what they compute.
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 Float: TypeAlias = Literal["float32", "bfloat16"]
 
 _CEILING = 2.0**24
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("precision.loss_scaling")
 class LossScaling:
     """Dynamic loss scaling, for float16 only (Micikevicius et al. 2018, section 3.2).
 
@@ -51,7 +52,7 @@ class LossScale:
         return LossScale(value, jnp.where(finite & ~grows, self.good_steps + 1, 0))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("precision")
 class Precision:
     """The dtype policy of a run.
 

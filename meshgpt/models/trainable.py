@@ -5,7 +5,6 @@ optimizer state and checkpoints) and what is frozen; `joined` puts them together
 """
 
 import abc
-import dataclasses
 import difflib
 import fnmatch
 from typing import Any, TypeAlias
@@ -17,6 +16,7 @@ from meshgpt.errors import UserError
 from meshgpt.models.layers import Weight
 from meshgpt.models.lora import LowRank, adapter, factors, merged, smaller_side
 from meshgpt.models.scan import Parts
+from meshgpt.settings import settings
 from meshgpt.trees import MatrixAxes, Tree, leaves_with_names
 
 # The names of these matrices in transformers' models, as PEFT's users give them.
@@ -61,7 +61,7 @@ class Part(abc.ABC):
         """Floating-point operations of a step beside those of training all: a third of these are the forward pass."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("trainable")
 class Full(Part):
     """All parameters are trained."""
 
@@ -81,7 +81,7 @@ class Full(Part):
         return 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("trainable")
 class LastLayers(Part):
     """The last blocks and the final norm are trained; embeddings, head and the blocks before them stay as they are.
 
@@ -121,7 +121,7 @@ class LastLayers(Part):
         return (1 + 2 * self.layers / layers) / 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("trainable")
 class LoRA(Part):
     """Adapters of low rank beside frozen matrices (Hu et al. 2021), in float32; merged, a model costs what it did.
 

@@ -24,6 +24,7 @@ from meshgpt.errors import UserError
 from meshgpt.models.model import GPT2Config, GPTJConfig, Model
 from meshgpt.models.precision import Float
 from meshgpt.objectives.loss import Loss, NextToken, Softmax, Teacher, summed
+from meshgpt.settings import settings
 from meshgpt.trees import Tree
 
 TEACHER = "teacher"
@@ -32,7 +33,7 @@ TEACHER = "teacher"
 _EPSILON = 1e-12  # of the squared norms, as PyTorch's CosineEmbeddingLoss
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("objective")
 class Distill:
     """The objective of distillation; the defaults are DistilGPT2's.
 

@@ -21,6 +21,7 @@ from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Head
 from meshgpt.models.model import Model
+from meshgpt.settings import settings
 from meshgpt.trees import Tree
 
 BATCH_AXES = ("data", "fsdp")
@@ -52,7 +53,7 @@ class Score(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("objective")
 class NextToken:
     """The next-token objective.
 

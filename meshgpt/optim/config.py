@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from meshgpt.distributed import host_memory
@@ -31,6 +32,7 @@ from meshgpt.optim.schedules import (
     Schedule,
     learning_rate_schedule,
 )
+from meshgpt.settings import INSTEAD, settings
 from meshgpt.trees import MATRIX, Tree, map_with_names, mask
 
 # A recipe takes optimizers and their schedules from here.
@@ -42,22 +44,29 @@ __all__ = [
 FloatName: TypeAlias = Literal["float32", "bfloat16"]
 Memory: TypeAlias = Literal["device", "pinned_host"]
 
-# (what holds, said in words), by field.
+# (what holds for the number as float32 has it, said in words), by field. The step computes in float32, where 1e-50 is
+# 0, 0.99999999 is 1 and 1e300 is infinite; what lies below its normal numbers, some devices take for 0.
+_TINY = float(np.finfo(np.float32).tiny)
 _LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "peak_lr": (lambda x: x > 0, "above 0"),
+    "peak_lr": (lambda x: _TINY <= x < np.inf, "above 0 that float32 can hold"),
     "warmup_steps": (lambda x: x >= 0, "0 or more"),
-    "clip_norm": (lambda x: x >= 0, "0 (never clip) or more"),
-    "weight_decay": (lambda x: x >= 0, "0 or more"),
-    "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "beta": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "eps": (lambda x: x > 0, "above 0"),
+    "clip_norm": (lambda x: 0 <= x < np.inf, "0 (never clip) or more"),
+    "weight_decay": (lambda x: 0 <= x < np.inf, "0 or more"),
+    "b1": (lambda x: 0 <= x < 1, "in [0, 1), in float32"),
+    "b2": (lambda x: 0 <= x < 1, "in [0, 1), in float32"),
+    "beta": (lambda x: 0 <= x < 1, "in [0, 1), in float32"),
+    "eps": (lambda x: _TINY <= x < np.inf, "above 0, in float32 (1.2e-38 or more)"),
     "decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "clip_rms": (lambda x: x > 0, "above 0"),
+    "clip_rms": (lambda x: _TINY <= x < np.inf, "above 0"),
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+def _in_float32(value: float) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
+
+
+@settings("optim")
 class Common(abc.ABC):
     """What every optimizer has.
 
@@ -71,7 +80,7 @@ class Common(abc.ABC):
     peak_lr: float = 6e-4
     warmup_steps: int = 100
     schedule: Schedule = Cosine()
-    clip_norm: float = 1.0
+    clip_norm: float = dataclasses.field(default=1.0, metadata={INSTEAD: "; 0 never clips"})
     weight_decay: float = 0.1
     state_memory: Memory = "device"
 
@@ -79,7 +88,7 @@ class Common(abc.ABC):
         for field in dataclasses.fields(self):
             holds, wanted = _LIMITS.get(field.name, (None, ""))
             value = getattr(self, field.name)
-            if holds is not None and not holds(value):
+            if holds is not None and not holds(_in_float32(value)):
                 raise UserError(f"optim.{field.name}={value}: give a number {wanted}")
 
     @abc.abstractmethod
@@ -87,7 +96,7 @@ class Common(abc.ABC):
         """The update's direction, before the learning rate."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class AdamW(Common):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
@@ -115,7 +124,7 @@ class AdamW(Common):
         return Plain(self.moment_dtype), Plain(self.second_moment_dtype)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class AdamW8bit(Common):
     """AdamW whose moments take 8 bits each: dynamic exponents, a scale a block of 256 (Dettmers et al. 2022).
 
@@ -135,7 +144,7 @@ class AdamW8bit(Common):
         return Blocks(codecs.DYNAMIC_8, 256), Blocks(codecs.DYNAMIC_8_UNSIGNED, 256)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class AdamW4bit(Common):
     """AdamW whose moments take 4 bits each (Li, Chen and Zhu 2023, "4-bit AdamW").
 
@@ -155,7 +164,7 @@ class AdamW4bit(Common):
         return Blocks(codecs.DYNAMIC_4, 128), RowsAndColumns(codecs.LINEAR_4)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class Adafactor(Common):
     """No first moment, and the second as means over rows and columns (Shazeer and Stern 2018).
 
@@ -171,7 +180,7 @@ class Adafactor(Common):
         return _with_decay(self, moment.transformation())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class Lion(Common):
     """The sign of a momentum (Chen et al. 2023, algorithm 2); wants a third to a tenth of AdamW's peak_lr.
 
@@ -191,7 +200,7 @@ class Lion(Common):
         return _with_decay(self, _held(optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.moment_dtype))))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class Muon(Common):
     """Orthogonal momentum for the blocks' matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
 

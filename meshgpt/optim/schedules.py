@@ -1,15 +1,20 @@
-"""Learning-rate schedules: dataclasses, and what they mean in optax's terms."""
+"""Learning-rate schedules: dataclasses, and what they mean in optax's terms.
 
-import dataclasses
+One rule for how a run begins, that of GPT-J's and nanoGPT's codes: no step trains at a rate of 0. The first of w steps
+of warmup is at peak / w and the last at the peak, and so is the first after it.
+"""
+
 from typing import Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule")
 class Cosine:
     """From the peak to `final` x peak along half a cosine over `steps` (None: to the run's last step), then constant.
 
@@ -23,7 +28,7 @@ class Cosine:
         _check_decay(self)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule")
 class Linear:
     """From the peak to `final` x peak in a straight line over `steps` (None: to the run's last step), then constant."""
 
@@ -39,17 +44,17 @@ def _check_decay(schedule: Cosine | Linear) -> None:
         raise UserError(f"{schedule}: give final=0 or more, and at least one step")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule")
 class Constant:
     """The peak, for ever."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule")
 class InverseSqrt:
     """peak * sqrt(w / (w + t)), t steps after a warmup of w (at least 1) steps (Vaswani et al. 2017, section 5.3)."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule.pieces")
 class Piece:
     """`steps` on the way to `to` x peak, from wherever the piece before ended ("constant" jumps there at once)."""
 
@@ -62,9 +67,13 @@ class Piece:
             raise UserError(f"a schedule's piece of {self.steps} steps: give at least 1")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("optim.schedule")
 class Piecewise:
-    """One piece after another, the first from `start` x peak; constant after the last."""
+    """One piece after another, the first from `start` x peak; constant after the last.
+
+    A first piece that rises is a warmup: its first step is one of its `steps` above `start`, its last is at `to`.
+    Step t (from 0) of any other piece is t / steps of the way.
+    """
 
     pieces: tuple[Piece, ...]
     start: float = 0.0
@@ -114,15 +123,23 @@ def _piecewise(schedule: Piecewise, peak: float) -> optax.Schedule:
     level, end = schedule.start * peak, 0
     for piece in schedule.pieces:
         target = piece.to * peak
-        parts.append(_ramp(piece, level, target))
+        ahead = 1 if not parts and target > level else 0
+        parts.append(_ramp(piece, level, target, ahead))
         level, end = target, end + piece.steps
         ends.append(end)
     return optax.join_schedules([*parts, optax.constant_schedule(level)], ends)
 
 
-def _ramp(piece: Piece, start: float, stop: float) -> optax.Schedule:
+def _ramp(piece: Piece, start: float, stop: float, ahead: int) -> optax.Schedule:
+    """From `start` to `stop`; step t is (t + ahead) / steps of the way."""
     if piece.shape == "constant":
         return optax.constant_schedule(stop)
     if piece.shape == "linear":
-        return optax.linear_schedule(start, stop, piece.steps)
-    return lambda t: stop + (start - stop) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / piece.steps, 1.0)))
+        line = optax.linear_schedule(start, stop, piece.steps)
+        return lambda t: line(t + ahead)
+
+    def cosine(t: jax.typing.ArrayLike) -> jax.Array:
+        way = jnp.minimum((t + ahead) / piece.steps, 1.0)
+        return stop + (start - stop) * 0.5 * (1.0 + jnp.cos(jnp.pi * way))
+
+    return cosine

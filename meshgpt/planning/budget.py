@@ -13,12 +13,13 @@ from meshgpt.errors import UserError
 from meshgpt.hardware import power
 from meshgpt.models import flops as scaling
 from meshgpt.planning.scaling_laws import LAWS, Choice, Law, ModelShape, critical_batch, learning_rate, shape_for
+from meshgpt.settings import settings
 from meshgpt.training.trackers import amount, duration
 
 _GPT2_POSITIONS = 1024
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Budget:
     """One budget, in operations, in hours of some hardware, or in tokens, and what is assumed besides."""
 

@@ -16,6 +16,7 @@ from meshgpt.optim.config import Constant, InverseSqrt
 from meshgpt.planning.scaling_laws import Counting, Fit, Points, fit
 from meshgpt.report.facts import Facts
 from meshgpt.report.write import read_runs
+from meshgpt.settings import settings
 from meshgpt.training.trackers import amount
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _SETTLED = 0.2  # evaluations in a run's first fifth say more of its warmup than of its size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Arguments:
     """Fits E + A / N^alpha + B / D^beta to the validation losses of runs, and predicts others."""
 

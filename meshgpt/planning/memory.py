@@ -6,7 +6,6 @@ compiler says what it needs. So is every change that is offered.
 
 import argparse
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from meshgpt.hardware import topologies
 from meshgpt.models.model import check_divisibility
 from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit, Common
 from meshgpt.planning import aot
+from meshgpt.settings import json_text
 from meshgpt.training.memory import Footprint, NoRoomError, compile_lowered, device_limit, measure
 from meshgpt.training.program import Program
 
@@ -81,7 +81,7 @@ def command(arguments: Sequence[str]) -> None:
     elif found.limit is not None:
         say(f"it fits: {(found.limit - found.peak) / _GIB:.2f} GiB are left")
     if asked.json:
-        print(json.dumps(_figures(found, peak, target, tried)))
+        print(json_text(_figures(found, peak, target, tried)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

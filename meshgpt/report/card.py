@@ -17,12 +17,13 @@ from meshgpt.report.energy import Assumptions, Energy, energy
 from meshgpt.report.facts import Facts
 from meshgpt.report.panels import Panel
 from meshgpt.report.tables import by_iteration, references
+from meshgpt.settings import settings
 from meshgpt.training.trackers import amount, duration
 
 TO_FILL = "(to fill in)"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("card")
 class CardOptions:
     """What a run's folder cannot know."""
 

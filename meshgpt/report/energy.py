@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from meshgpt.errors import UserError
 from meshgpt.hardware import power
+from meshgpt.settings import settings
 
 WORLD_GRID = 0.480
 WORLD_GRID_SOURCE = "world average of 2023, Ember, Global Electricity Review 2024"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings("energy")
 class Assumptions:
     """What energy and emissions are computed with."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from meshgpt.models.model import GPTJConfig
@@ -11,6 +10,7 @@ from meshgpt.report.card import CardOptions, perplexity
 from meshgpt.report.energy import energy
 from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts
+from meshgpt.settings import json_text
 
 
 def front_matter(facts: Facts, options: CardOptions) -> str:
@@ -33,7 +33,7 @@ def front_matter(facts: Facts, options: CardOptions) -> str:
     measured = _model_index(facts)
     if measured:
         fields["model-index"] = [{"name": clean(facts.name), "results": measured}]
-    texts = {key: json.dumps(_cleaned(value), ensure_ascii=False) for key, value in fields.items()}
+    texts = {key: json_text(_cleaned(value), ensure_ascii=False) for key, value in fields.items()}
     lines = [f"{key}: {text}".replace("<", r"\u003c") for key, text in texts.items()]
     return "\n".join(["---", *lines, "---", ""])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import html
 import importlib.resources
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from meshgpt.report.blocks import Block, clean, to_html
 from meshgpt.report.panels import Panel, Series
+from meshgpt.settings import json_text
 
 _MOST_POINTS = 1500
 
@@ -50,7 +50,7 @@ def data(
         }
         for panel in panels
     ]
-    version = hashlib.sha256((sections + json.dumps(drawn)).encode()).hexdigest()[:16]
+    version = hashlib.sha256((sections + json_text(drawn)).encode()).hexdigest()[:16]
     return {"version": version, "poll": poll_seconds, "panels": drawn} | (
         {"sections": sections} if with_sections else {}
     )
@@ -58,7 +58,7 @@ def data(
 
 def in_script(value: Any) -> str:
     """JSON that cannot end the script element it stands in (HTML living standard, 4.12.1.3)."""
-    text = json.dumps(value, allow_nan=False)
+    text = json_text(value)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
 from meshgpt.report.html import data, page
 from meshgpt.report.write import document, read_runs
+from meshgpt.settings import json_text
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 5.0
@@ -47,7 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
     def data(self) -> str:
         with self._lock:
             _, blocks, drawn = document(read_runs(self._paths), self._options)
-            return json.dumps(data(blocks, drawn, self._poll))
+            return json_text(data(blocks, drawn, self._poll))
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -1,6 +1,5 @@
 """What a sweep tries: axes of values, and points chosen among them."""
 
-import dataclasses
 import itertools
 import math
 import random
@@ -8,12 +7,13 @@ import re
 from collections.abc import Sequence
 
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 
 _RANGE = re.compile(r"([^:]+):([^:]+):(log|lin):(\d+)")
 _MOST = 10_000
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Axis:
     """One flag and the values it takes. low, high, scale: of a range, which random search draws from in between."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from meshgpt.data.files import write_atomically
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text, settings
 from meshgpt.sweep.space import Point
 
 RECORD = "sweep.json"
@@ -46,7 +47,7 @@ class Trial:
         return " ".join(self.flags)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings()
 class Plan:
     """What decides a sweep; the same plan in the same folder goes on where it stopped. eta: of successive halving."""
 
@@ -109,7 +110,7 @@ class Sweep:
             "plan": dataclasses.asdict(self.plan),
             "trials": [dataclasses.asdict(trial) for trial in self.trials],
         }
-        write_atomically(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+        write_atomically(self.folder / RECORD, json_text(record, indent=2) + "\n")
 
     def run_dir(self, trial: Trial) -> Path:
         return self.folder / trial.name

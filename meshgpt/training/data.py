@@ -17,6 +17,7 @@ from meshgpt.data.records import Packed, Records, Sequences
 from meshgpt.data.store import INDEX, Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 
@@ -84,7 +85,7 @@ class RunData:
 
     def write_ledger(self, path: Path) -> None:
         """The record as a file, for those who come back a year later."""
-        write_atomically(path, json.dumps(self.record(), indent=1) + "\n")
+        write_atomically(path, json_text(self.record(), indent=1) + "\n")
 
 
 def open_run_data(run: Run, folder: RunFolder, sizes: BatchSizes | None = None) -> RunData:

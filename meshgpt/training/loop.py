@@ -287,9 +287,9 @@ def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
         )
     if skipped_in_a_row >= run.max_bad_steps:
         return (
-            f"{run.max_bad_steps} steps in a row had a loss or gradient that is not finite, and changed nothing. "
-            "Lower --optim.peak-lr, lengthen --optim.warmup-steps, or compute in float32 (--precision.compute float32) "
-            "with a new --run-dir"
+            f"{run.max_bad_steps} steps in a row had a loss, a gradient, a learning rate or updated parameters that "
+            "are not finite, and changed no parameter. Lower --optim.peak-lr, lengthen --optim.warmup-steps, or "
+            "compute in float32 (--precision.compute float32) with a new --run-dir"
         )
     return ""
 

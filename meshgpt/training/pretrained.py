@@ -24,6 +24,7 @@ from meshgpt.models.model import Model, ModelConfig
 from meshgpt.models.precision import Float, Precision
 from meshgpt.models.trainable import Full, LoRA
 from meshgpt.optim.config import AdamW
+from meshgpt.settings import json_text
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.trees import Tree, map_with_names
 
@@ -55,7 +56,7 @@ def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float,
             checkpoints.save(opened.step, {"params": params}, record)
         if opened.tokenizer is not None:
             load_tokenizer(opened.tokenizer).save(partial / "tokenizer")
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (partial / RECORD).write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -131,7 +132,7 @@ def record_origin(run: Run, folder: RunFolder) -> None:
     """Writes `init.json`, once: what the run started from, and what was decided or changed on the way in."""
     if not run.init or folder.origin.exists():
         return
-    text = json.dumps({"source": run.init, "notes": list(_open(run.init).notes)}, indent=2)
+    text = json_text({"source": run.init, "notes": list(_open(run.init).notes)}, indent=2)
     folder.origin.write_text(text + "\n", encoding="utf-8")
 
 

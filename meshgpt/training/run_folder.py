@@ -18,6 +18,7 @@ from meshgpt.checkpoint import manifest
 from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
+from meshgpt.settings import json_text
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
 # What `--resume never` leaves in place: the prepared text is the same, and the supervisor's files are in use.
@@ -79,7 +80,7 @@ class RunFolder:
         return self._read_record().get("diverged_step") if self.record.is_file() else None
 
     def mark_diverged(self, step: int) -> None:
-        """Says that the run gave up at `step`, since its losses or gradients were not finite."""
+        """Says that the run gave up at `step`, since its losses, gradients or updates were not finite."""
         self._write_record(self._read_record() | {"diverged_step": step})
 
     def _read_record(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class RunFolder:
         report(f"the earlier run is now in {aside}")
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        self._scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        self._scratch.write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
         os.replace(self._scratch, self.record)
 
 

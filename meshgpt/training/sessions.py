@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshgpt.settings import json_text
+
 HEARTBEAT_SECONDS = 10.0
 _NUMBERS = ("seconds", "first_step", "last_step", "devices", "processes", "parameters", "flops_per_token")
 
@@ -50,7 +52,7 @@ class Session:
         seconds = round(self._written - self._begun, 3)
         entry = self._entry | {"seen": _now(), "seconds": seconds, "last_step": self._step}
         scratch = self._path.with_name(self._path.name + ".tmp")
-        scratch.write_text(json.dumps([*self._earlier, entry], indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(json_text([*self._earlier, entry], indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self._path)
 
 

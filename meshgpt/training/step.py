@@ -4,6 +4,7 @@ Legend: A microbatches accumulated, M rows of a microbatch, T tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -23,8 +24,9 @@ Metrics: TypeAlias = dict[str, jax.Array]
 class TrainState:
     """All that a step changes.
 
-    step: steps taken, skipped ones too. skipped: steps whose loss or gradient was not finite, which left parameters
-    and optimizer untouched. streak: how many of those came last, in a row. loss_scale: of float16, else None.
+    step: steps taken, skipped ones too. skipped: steps whose loss, gradient or learning rate was not finite, which left
+    parameters and optimizer untouched, or whose update would have made a parameter infinite or NaN, which left the
+    parameters untouched. streak: how many of those came last, in a row. loss_scale: of float16, else None.
     A step whose weights are all zero changes nothing but `step`.
     """
 
@@ -75,29 +77,35 @@ def make_train_step(
         inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
         empty, weight_or_1 = weight == 0, jnp.where(weight == 0, 1.0, weight)
         norm = global_norm(gradients) / weight_or_1
-        bad = ~(jnp.isfinite(total) & jnp.isfinite(norm)) & ~empty
-        finite = ~bad & ~empty
+        lr = jnp.asarray(rate(state.step), jnp.float32)
+        overflowed = ~(jnp.isfinite(total) & jnp.isfinite(norm)) & ~empty
+        finite = ~overflowed & ~empty & jnp.isfinite(lr)
         # One factor does both: from sum to mean, and the clipping.
         clip = jnp.minimum(1.0, optim.clip_norm / norm) if optim.clip_norm else jnp.float32(1.0)
         factor = clip / weight_or_1
         gradients = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
             updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
-            lr = jnp.asarray(rate(state.step), jnp.float32)
         params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
+        good = finite & _all_finite(params)
+        bad = (~good & ~empty).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
-            params=_where(finite, params, state.params),
+            params=_where(good, params, state.params),
             opt_state=opt_state,
-            skipped=state.skipped + bad.astype(jnp.int32),
-            streak=jnp.where(finite, 0, state.streak + bad.astype(jnp.int32)),
-            loss_scale=scale and _where(empty, scale, scale.after(finite, precision.loss_scaling)),
+            skipped=state.skipped + bad,
+            streak=jnp.where(good, 0, state.streak + bad),
+            loss_scale=scale and _where(empty, scale, scale.after(~overflowed, precision.loss_scaling)),
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
         metrics |= {"loss_scale": scale.value} if scale else {}
         return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
 
     return train_step
+
+
+def _all_finite(tree: Tree) -> jax.Array:
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _where(condition: jax.Array, new: Tree, old: Tree) -> Tree:

@@ -1,7 +1,6 @@
 """The teacher of a run that distils: read at every start, what its student may begin as, and what both are worth."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from meshgpt.models.layers import Weight
 from meshgpt.models.model import Model, ModelConfig
 from meshgpt.objectives.distillation import TEACHER, Distill, chosen_layers
 from meshgpt.objectives.loss import next_token_loss
+from meshgpt.settings import json_text
 from meshgpt.training.init_state import Start
 from meshgpt.training.load import open_trained
 from meshgpt.training.pretrained import RECORD, Imported
@@ -124,7 +124,7 @@ def record_before(program: Program, validation: Validation, begun: Start, folder
         "student_start_evals": results.metrics(before),
     }
     if jax.process_index() == 0:
-        folder.distillation.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        folder.distillation.write_text(json_text(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _folder(source: str) -> Path:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from meshgpt.settings import json_text
+
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
     from rich.console import Console as RichConsole
     from rich.progress import Progress
@@ -264,11 +266,7 @@ def _evaluation(step: int, metrics: Mapping[str, float]) -> str:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text(row) + "\n"
 
 
 def _stdout() -> RichConsole:
