@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from meshgpt import trees
+from meshgpt.config import Data, Run
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Head
+from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config, GPTJConfig, Model, ModelConfig
 from meshgpt.models.precision import Precision
 from meshgpt.objectives.distillation import Distill, chosen_layers
-from meshgpt.objectives.loss import Teacher, summed
+from meshgpt.objectives.loss import NextToken, Teacher, summed
+from meshgpt.optim.config import AdamW
+from meshgpt.training.program import flops_per_token, training_flops
+from meshgpt.training.step import from_params, make_train_step
 
 DEEP = dataclasses.replace(tiny.GPT2, n_layers=4)
 TOKENS = np.random.default_rng(3).integers(0, tiny.VOCAB, (8, 13), dtype=np.int32)
@@ -40,8 +45,8 @@ def ours(
         loss = dataclasses.replace(wanted, teacher_dtype="float32").loss(model, frozen, None)
 
         def mean(params: trees.Tree, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-            total, weight = loss(params, tokens, weights, None)
-            return total / weight
+            total, counted = loss(params, tokens, weights, None)
+            return total / counted.weight
 
         place = jax.sharding.PartitionSpec(("data", "fsdp"))
         tokens, weights = jax.device_put(TOKENS, place), jax.device_put(WEIGHTS, place)
@@ -133,6 +138,53 @@ def test_a_teacher_like_the_student_teaches_nothing() -> None:
         assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) < 1e-5
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_the_next_token_part_is_reported_apart_in_nats(mesh: tuple[int, int, int]) -> None:
+    """`loss` is PyTorch's cross-entropy of the student alone, `objective` the whole, over one microbatch and two."""
+    wanted = dataclasses.replace(objective(DEEP, chunk_tokens=7), teacher_dtype="float32")
+    pupil = tiny.torch_peer(tiny.GPT2, tiny.numpy_params(tiny.GPT2))
+    tokens = torch.tensor(TOKENS, dtype=torch.long)
+    with torch.no_grad():
+        logits = pupil(tokens[:, :-1]).logits.double()
+    nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].reshape(-1), reduction="none").numpy()
+    alone = float((nats * WEIGHTS.reshape(-1)).sum() / WEIGHTS.sum())
+    whole = torchs(tiny.GPT2, wanted)[0]
+    optim = AdamW(warmup_steps=0)
+    with jax.set_mesh(tiny.mesh(*mesh)):
+        model = tiny.model(tiny.GPT2)
+        frozen = {"teacher": tiny.params(wanted.teacher_for(model).config, values_of(DEEP))}
+        step = jax.jit(make_train_step(wanted.loss(model, frozen, None), optim, 3, None))
+        for accumulate in (1, 2):
+            split = [part.reshape(accumulate, -1, part.shape[1]) for part in (TOKENS, WEIGHTS)]
+            placed = (jax.device_put(part, spec("_ batch _")) for part in split)
+            _, metrics = step(from_params(tiny.params(tiny.GPT2), optim), *placed)
+            assert float(metrics["loss"]) == pytest.approx(alone, rel=2e-5)
+            assert float(metrics["objective"]) == pytest.approx(whole, rel=2e-5)
+
+
+def test_a_teachers_forward_pass_counts() -> None:
+    """Of the FLOPs that PyTorch counts in a student's training step beside a teacher; recomputation is not of them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    wanted = objective(DEEP)
+    run = Run(model=tiny.GPT2, data=Data(store="x"), objective=wanted, steps=1, global_batch=1, seq_len=12)
+    pupil, teacher = (tiny.torch_peer(config, tiny.numpy_params(config)) for config in (tiny.GPT2, DEEP))
+    for model in (pupil, teacher):
+        model.set_attn_implementation("eager")
+    tokens = torch.zeros((2, 12), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            teacher(tokens)
+        pupil(tokens).logits.sum().backward()
+    assert flops_per_token(run) * tokens.numel() == counter.get_total_flops()
+    again = dataclasses.replace(run, execution=Execution(remat="full"))
+    assert flops_per_token(again) == flops_per_token(run)
+    assert (
+        flops_per_token(run) - flops_per_token(dataclasses.replace(run, objective=NextToken()))
+        == training_flops(run).beside
+    )
+
+
 def test_logits_are_held_a_chunk_at_a_time() -> None:
     """The largest value of either vocabulary in the program is of one chunk, not of the batch."""
     rows, length, width, vocab = 4, 256, 16, 4096
@@ -141,7 +193,7 @@ def test_logits_are_held_a_chunk_at_a_time() -> None:
         x: jax.Array, y: jax.Array, w: jax.Array, v: jax.Array, targets: jax.Array, weights: jax.Array
     ) -> jax.Array:
         beside = Teacher(y, Head(v, None, vocab))
-        return summed(x, Head(w, None, vocab), targets, weights, objective(tiny.GPT2, chunk_tokens=32), beside)
+        return summed(x, Head(w, None, vocab), targets, weights, objective(tiny.GPT2, chunk_tokens=32), beside)[0]
 
     with jax.set_mesh(tiny.mesh()):
         states = jnp.zeros((rows, length, width), out_sharding=spec("batch seq embed"))

@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
+from meshgpt.config import Data, Run
 from meshgpt.models.flops import GPTJ_6B, count_parameters, explain_parameters, flops_per_token, mfu, peak_flops
+from meshgpt.models.gpt2 import GPT2Config as OurGPT2Config
+from meshgpt.models.trainable import LastLayers, LoRA
+from meshgpt.training.program import flops_per_token as flops_per_token_of
 
 T = 1024
 
@@ -98,6 +102,26 @@ def test_flops_are_those_pytorch_counts_in_a_forward_and_backward_pass(layers, w
         model(tokens).logits.sum().backward()
     shapes = gpt2_shapes(vocab=512, positions=32, layers=layers, d=width, heads=heads)
     assert flops_per_token(shapes, 500, 32) * tokens.numel() == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trainable", [LastLayers(layers=1), LastLayers(layers=2), LoRA()], ids=["1", "2", "lora"])
+def test_what_a_frozen_part_saves_is_what_pytorch_saves(trainable):
+    """LastLayers: only the last blocks and norm have gradients. LoRA: gradients go through everything frozen; what the
+    adapters themselves take is left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPT2Config(n_layer=3, n_embd=64, n_head=4, vocab_size=500, n_positions=32)
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        trained = isinstance(trainable, LastLayers) and "ln_f" in name
+        layer = int(name.split(".")[2]) if ".h." in name else -1
+        parameter.requires_grad = trained or (isinstance(trainable, LastLayers) and layer >= 3 - trainable.layers)
+    embedded = torch.zeros((2, 32, 64), requires_grad=isinstance(trainable, LoRA))
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    ours = OurGPT2Config(vocab_size=500, n_positions=32, n_layers=3, n_heads=4, d_model=64)
+    run = Run(model=ours, data=Data(store="x"), init="x", trainable=trainable, steps=1, global_batch=1)
+    assert flops_per_token_of(run) * 64 == counter.get_total_flops()
 
 
 def test_flops_of_gpt2_follow_palm():

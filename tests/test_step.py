@@ -71,6 +71,20 @@ def test_accumulation_equals_the_large_batch(mesh: tuple[int, int, int]) -> None
         tiny.assert_close(others[name], value, 1e-3, name)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_z_loss_the_loss_is_still_nats_a_token(accumulate: int) -> None:
+    """`loss` is PyTorch's cross-entropy, `objective` that and 1e-3 times the squared log of the normaliser."""
+    tokens = torch.from_numpy(rows_of(0)).long()
+    with torch.no_grad():
+        logits = tiny.torch_peer(tiny.GPT2)(tokens[:, :-1]).logits.double()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    squares = logits.logsumexp(-1).square().mean().item()
+    first = train(tiny.GPT2, (1, 1, 1) if accumulate == 1 else (2, 2, 2), accumulate)[0][0]
+    assert first["loss"] == pytest.approx(nats, rel=1e-5)
+    assert first["objective"] == pytest.approx(nats + 1e-3 * squares, rel=1e-5)
+    assert first["objective"] > first["loss"] * 1.001
+
+
 @pytest.mark.parametrize("config", tiny.FAMILIES, ids=tiny.name)
 def test_steps_equal_those_of_pytorch(config: ModelConfig) -> None:
     """Against torch.optim.AdamW with clip_grad_norm_ and the same learning rates: losses, norms, and every tensor."""
@@ -97,6 +111,7 @@ def test_steps_equal_those_of_pytorch(config: ModelConfig) -> None:
             adamw.zero_grad()
             assert float(metrics["learning_rate"]) == pytest.approx(rate, rel=1e-5)
             assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5), index
+            assert "objective" not in metrics, "it would be the loss"
             assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4), index
             if index in (0, len(rates) - 1):
                 ours = tiny.stored(config, tiny.to_numpy(state.params))

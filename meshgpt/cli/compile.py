@@ -157,7 +157,8 @@ def expected(run: Run, topology: Topology) -> tuple[float, float]:
     weights = 12 * model.n_layers * model.d_model**2 + 2 * model.padded_vocab * model.d_model
     tokens = run.global_batch * run.sequence_length
     again = aot.RECOMPUTED[run.execution.remat]
-    compute = 2 * weights * tokens * (3 + again) / (topology.device_count * aot.peak(topology) * aot.EFFICIENCY)
+    operations = 2 * weights * (3 + again) + run.objective.flops_beside(model, run.sequence_length)
+    compute = operations * tokens / (topology.device_count * aot.peak(topology) * aot.EFFICIENCY)
     local = tokens / mesh.batch_shards
     between = (4 + 2 * again) * model.n_layers * local * model.d_model * 4 * (mesh.tensor - 1) / mesh.tensor
     gathered = run.accumulate * (2 + again) * 2 * weights / mesh.tensor * (mesh.fsdp > 1)

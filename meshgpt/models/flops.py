@@ -57,6 +57,27 @@ def count_parameters(shapes: Shapes, vocab_size: int) -> Parameters:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """Floating-point operations of a forward pass, a token: of the blocks' matrices, of attention and of the head."""
+
+    blocks: int
+    attention: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.attention + self.head
+
+
+def forward(shapes: Shapes, vocab_size: int, seq_len: int) -> Forward:
+    """What `flops_per_token` counts of the forward pass: 2 M + 4 L (N H) T."""
+    layers, _, heads, head_size = shapes["blocks/attn/q_DNH"]
+    head = 2 * _size("wte_VD", shapes["wte_VD"], vocab_size)  # tied or not, V D
+    matmul = 2 * count_parameters(shapes, vocab_size).matmul
+    return Forward(blocks=matmul - head, attention=4 * layers * heads * head_size * seq_len, head=head)
+
+
 def flops_per_token(shapes: Shapes, vocab_size: int, seq_len: int) -> int:
     """Floating-point operations that training on one token takes: 6 M + 12 L (N H) T.
 
@@ -65,10 +86,12 @@ def flops_per_token(shapes: Shapes, vocab_size: int, seq_len: int) -> int:
     norms and biases do not). Attention takes 4 N H T forward a layer (scores, then values) and twice that backward,
     over the whole T x T square although half of it is masked: the convention of PaLM (Chowdhery et al. 2022, appendix
     B), in which MFU figures are usually given; without the masked half it would be 6 L (N H) T, as in Kaplan's table 1.
-    Recomputation (remat) and padding do not count: they are the implementation's cost, not the model's.
+    Recomputation (remat) and padding do not count: they are the implementation's cost, not the model's. So it is model
+    FLOPs utilisation (MFU) that is reported; hardware FLOPs utilisation (HFU), which counts what is computed twice, is
+    higher wherever remat is on. What of the backward pass a frozen part saves, and what a teacher's forward pass adds,
+    `program.flops_per_token` counts.
     """
-    layers, _, heads, head_size = shapes["blocks/attn/q_DNH"]
-    return 6 * count_parameters(shapes, vocab_size).matmul + 12 * layers * heads * head_size * seq_len
+    return 3 * forward(shapes, vocab_size, seq_len).total
 
 
 def mfu(tokens_per_second: float, flops_a_token: float, device_kinds: Sequence[str]) -> float | None:

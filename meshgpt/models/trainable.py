@@ -7,7 +7,7 @@ optimizer state and checkpoints) and what is frozen; `joined` puts them together
 import abc
 import difflib
 import fnmatch
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,18 @@ _BLOCKS = "blocks/"
 _DROPOUT_USE = 2**20  # of a step's dropout key; the model's own uses have small numbers
 
 
+class Backward(NamedTuple):
+    """Floating-point operations of a backward pass beside those of the forward pass.
+
+    A matrix takes as many for the gradient of its input as forward, and as many again for its own. Attention has no
+    parameters, and takes twice its forward pass wherever a gradient goes through it.
+    """
+
+    blocks: float
+    attention: float
+    head: float
+
+
 class Part(abc.ABC):
     """A part of a model's parameters. `abstract` is always the whole model's, in shapes, dtypes and shardings."""
 
@@ -57,8 +69,8 @@ class Part(abc.ABC):
         """The model's parameters as plain arrays: what is exported and generates."""
 
     @abc.abstractmethod
-    def work(self, layers: int) -> float:
-        """Floating-point operations of a step beside those of training all: a third of these are the forward pass."""
+    def backward(self, layers: int) -> Backward:
+        """Floating-point operations of the backward pass of a model with so many layers."""
 
 
 @settings("trainable")
@@ -77,8 +89,8 @@ class Full(Part):
     def merged(self, params: Tree, frozen: Tree) -> Tree:
         return params
 
-    def work(self, layers: int) -> float:
-        return 1.0
+    def backward(self, layers: int) -> Backward:
+        return Backward(2.0, 2.0, 2.0)
 
 
 @settings("trainable")
@@ -117,8 +129,9 @@ class LastLayers(Part):
         blocks = jax.tree.map(whole, joined["blocks"], is_leaf=lambda leaf: isinstance(leaf, Parts))
         return plain(joined | {"blocks": blocks})
 
-    def work(self, layers: int) -> float:
-        return (1 + 2 * self.layers / layers) / 3
+    def backward(self, layers: int) -> Backward:
+        share = self.layers / layers
+        return Backward(2.0 * share, 2.0 * share, 1.0)
 
 
 @settings("trainable")
@@ -207,8 +220,9 @@ class LoRA(Part):
     def merged(self, params: Tree, frozen: Tree) -> Tree:
         return plain(self.joined(params, frozen, None))
 
-    def work(self, layers: int) -> float:
-        return 2 / 3  # the gradients of the frozen matrices are left out; the adapters' own are next to nothing
+    def backward(self, layers: int) -> Backward:
+        # The gradients of the frozen matrices are left out; what the adapters take is next to nothing.
+        return Backward(1.0, 2.0, 1.0)
 
 
 Trainable: TypeAlias = Full | LastLayers | LoRA

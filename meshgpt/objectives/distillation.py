@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.errors import UserError
-from meshgpt.models.model import GPT2Config, GPTJConfig, Model
+from meshgpt.models import flops
+from meshgpt.models.model import GPT2Config, GPTJConfig, Model, ModelConfig, parameter_shapes
 from meshgpt.models.precision import Float
-from meshgpt.objectives.loss import Loss, NextToken, Softmax, Teacher, summed
+from meshgpt.objectives.loss import Counted, Loss, NextToken, Scored, Softmax, Teacher, summed
 from meshgpt.settings import settings
 from meshgpt.trees import Tree
 
@@ -113,16 +114,21 @@ class Distill:
             x_BTD = student.hidden(tokens[:, :-1], key, document_end)
             x_BTE = teacher.hidden(tokens[:, :-1], None, document_end)
             beside = Teacher(x_BTE, teacher.head())
-            total = summed(x_BTD, student.head(), tokens[:, 1:], weights, self, beside)
+            total, nats = summed(x_BTD, student.head(), tokens[:, 1:], weights, self, beside)
+            assert nats is not None
             if self.alpha_cos:
                 total = total + self.alpha_cos * jnp.sum(weights * (1 - cosine(x_BTD, x_BTE)))
-            return total, jnp.sum(weights)
+            return total, Counted(jnp.sum(weights), nats)
 
         return loss
 
-    def score(
-        self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def flops_beside(self, student: ModelConfig, seq_len: int) -> int:
+        """Floating-point operations a token of the teacher's forward pass."""
+        config = self.teacher_model
+        vocab = min(config.vocab_size, student.vocab_size)
+        return flops.forward(parameter_shapes(config), vocab, seq_len).total
+
+    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
         """The first two losses, summed over tokens, and their gradient with respect to the student's logits."""
         assert teacher is not None, "distillation without a teacher"
         temperature, own = self.temperature, NextToken().score(logits, hit, weights_bc, None)
@@ -131,9 +137,10 @@ class Distill:
         # -inf where an id is padding: there the teacher gives no probability, and 0 log 0 is 0.
         difference = jnp.where(jnp.isfinite(teacher) & jnp.isfinite(logits), (teacher - logits) / temperature, 0.0)
         divergence = jax.lax.psum(jnp.sum(p_teacher * difference, -1), "tensor") - t.logsumexp + s.logsumexp
-        loss = jnp.sum(weights_bc * divergence) * (self.alpha_ce * temperature**2) + self.alpha_mlm_or_clm * own[0]
+        loss = jnp.sum(weights_bc * divergence) * (self.alpha_ce * temperature**2) + self.alpha_mlm_or_clm * own.total
         slope = weights_bc[..., None] * (p_student - p_teacher)
-        return loss, slope * (self.alpha_ce * temperature) + self.alpha_mlm_or_clm * own[1]
+        gradient = slope * (self.alpha_ce * temperature) + self.alpha_mlm_or_clm * own.slope
+        return Scored(loss, gradient, own.total)
 
 
 def cosine(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:

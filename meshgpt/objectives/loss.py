@@ -20,30 +20,55 @@ from jax.sharding import PartitionSpec
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Head
-from meshgpt.models.model import Model
+from meshgpt.models.model import Model, ModelConfig
 from meshgpt.settings import settings
 from meshgpt.trees import Tree
 
 BATCH_AXES = ("data", "fsdp")
 
+
+class Counted(NamedTuple):
+    """Sums that belong to an objective which is more than the next-token loss.
+
+    weight: of the tokens' weights. nats: of the next-token loss alone, which validation and other runs compare with.
+    """
+
+    weight: jax.Array
+    nats: jax.Array
+
+
 # loss(params, tokens (M, T + 1), weights (M, T), key) -> (sum over tokens, sum of weights). Sums, never means: adding
-# up microbatches, uneven rows or hosts then cannot change the answer.
-Loss: TypeAlias = Callable[[Tree, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+# up microbatches, uneven rows or hosts then cannot change the answer. An objective that is not the next-token loss
+# itself gives `Counted` in the place of the sum of weights.
+Loss: TypeAlias = Callable[[Tree, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | Counted]]
+
+
+class Scored(NamedTuple):
+    """Of some tokens: the objective's sum, its gradient with respect to the logits, and the sum of the next-token loss.
+
+    All float32. nats: None where the objective is the next-token loss itself.
+    """
+
+    total: jax.Array
+    slope: jax.Array
+    nats: jax.Array | None = None
 
 
 class Score(Protocol):
     """What is summed over tokens, given logits of some of them against a device's slice of the vocabulary.
 
     Devices along `tensor` hold the other slices. chunk_tokens: tokens whose logits one device holds at a time.
+    plain: the next-token loss; an objective that equals its own `plain` reports no `nats` apart.
     """
 
     @property
     def chunk_tokens(self) -> int: ...
 
-    def score(
-        self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """(the sum, its gradient with respect to the logits), float32.
+    @property
+    def plain(self) -> "Score": ...
+
+    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
+        """The sums of some tokens.
 
         Args:
           logits: (b, c, v) float32, -inf where the vocabulary is padding.
@@ -86,16 +111,21 @@ class NextToken:
         del frozen
         return next_token_loss(model, self, document_end)
 
-    def score(
-        self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def flops_beside(self, student: ModelConfig, seq_len: int) -> int:
+        """Floating-point operations a token of other models than the one that is trained: none."""
+        del student, seq_len
+        return 0
+
+    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
         """weight * (logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2), summed, and its gradient."""
         del teacher
         softmax = Softmax.of(logits)
         gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
-        loss = jnp.sum(weights_bc * (softmax.logsumexp - gold + self.z_loss * jnp.square(softmax.logsumexp)))
+        total = jnp.sum(weights_bc * (softmax.logsumexp - gold + self.z_loss * jnp.square(softmax.logsumexp)))
         slope = weights_bc * (1.0 + 2.0 * self.z_loss * softmax.logsumexp) / softmax.normaliser
-        return loss, softmax.exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
+        gradient = softmax.exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
+        nats = jnp.sum(weights_bc * (softmax.logsumexp - gold)) if self.z_loss else None
+        return Scored(total, gradient, nats)
 
 
 class Softmax(NamedTuple):
@@ -129,9 +159,10 @@ class _Gradients(NamedTuple):
 
 
 class _Totals(NamedTuple):
-    """Sums over chunks; the gradients of weight and bias where they are asked for."""
+    """Sums over chunks; nats as in `Scored`; the gradients of weight and bias where they are asked for."""
 
     loss: jax.Array
+    nats: jax.Array | None
     weight_vD: jax.Array | None
     bias_v: jax.Array | None
 
@@ -139,10 +170,12 @@ class _Totals(NamedTuple):
 def next_token_loss(model: Model, objective: NextToken, document_end: int | None = None) -> Loss:
     """The loss of predicting each row's next token; `document_end` as `Decoder.hidden` takes it."""
 
-    def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None) -> tuple:
         decoder = model.bind(params)
         x_MTD = decoder.hidden(tokens[:, :-1], key, document_end)
-        return cross_entropy(x_MTD, decoder.head(), tokens[:, 1:], weights, objective), jnp.sum(weights)
+        total, nats = summed(x_MTD, decoder.head(), tokens[:, 1:], weights, objective)
+        weight = jnp.sum(weights)
+        return total, weight if nats is None else Counted(weight, nats)
 
     return loss
 
@@ -155,7 +188,7 @@ def cross_entropy(
     A sum and not a mean, so that accumulation, packing and uneven hosts cannot change the answer: the caller divides
     by the sum of the weights. Differentiable in x, the head's weight and its bias.
     """
-    return summed(x_BTD, head, targets_BT, weights_BT, objective)
+    return summed(x_BTD, head, targets_BT, weights_BT, objective)[0]
 
 
 def summed(
@@ -165,8 +198,11 @@ def summed(
     weights_BT: jax.Array,
     objective: Score,
     teacher: Teacher | None = None,
-) -> jax.Array:
-    """What `objective` scores, summed over tokens; differentiable in x, the head's weight and its bias alone."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `objective` scores, summed over tokens, and the next-token loss in it (`Scored.nats`).
+
+    The first is differentiable in x, the head's weight and its bias alone; the second not at all.
+    """
     sizes, frozen = (head.vocab_size, None), None
     if teacher is not None:
         sizes = head.vocab_size, teacher.head.vocab_size
@@ -183,8 +219,8 @@ def _forward(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, wei
     return _sharded(sizes, objective, x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT, True)
 
 
-def _backward(sizes, objective, gradients: _Gradients, cotangent: jax.Array):
-    scaled = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
+def _backward(sizes, objective, gradients: _Gradients, cotangents: tuple[jax.Array, jax.Array | None]):
+    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
     return scaled.x_BTD, scaled.weight_VD, scaled.bias_V, None, None, None
 
 
@@ -201,17 +237,18 @@ def _sharded(
     targets_BT,
     weights_BT,
     differentiate: bool,
-) -> tuple[jax.Array, _Gradients | None]:
-    """The loss, and its gradients if asked for, of arrays on the mesh."""
+) -> tuple[tuple[jax.Array, jax.Array | None], _Gradients | None]:
+    """The sums, and the gradients of the first if asked for, of arrays on the mesh."""
     x_spec, table, vocab, rows = spec("batch seq embed"), spec("vocab_fsdp embed"), spec("vocab"), spec("batch seq")
     bias_spec = None if bias_V is None else vocab
     frozen_specs = None if frozen is None else (x_spec, table, None if frozen[2] is None else vocab)
     gradient_specs = _Gradients(x_spec, table, bias_spec) if differentiate else None
     local = functools.partial(_local, sizes, objective, differentiate)
+    sums = PartitionSpec(), None if objective == objective.plain else PartitionSpec()
     return jax.shard_map(
         local,
         in_specs=(x_spec, table, bias_spec, frozen_specs, rows, rows),
-        out_specs=(PartitionSpec(), gradient_specs),
+        out_specs=(sums, gradient_specs),
         check_vma=False,
     )(x_BTD, weight_VD, bias_V, frozen, targets_BT, weights_BT)
 
@@ -228,6 +265,7 @@ def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen,
     xs = jax.tree.map(lambda a: _split(a, objective.chunk_tokens), (x_bTD, rest, targets_bT, weights_bT))
     zeros = _Totals(
         loss=jnp.zeros((), jnp.float32),
+        nats=None if objective == objective.plain else jnp.zeros((), jnp.float32),
         weight_vD=jnp.zeros(w_vD.shape, jnp.float32) if differentiate else None,
         bias_v=jnp.zeros(bias_v.shape, jnp.float32) if differentiate and bias_v is not None else None,
     )
@@ -236,9 +274,9 @@ def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen,
         dx = None if dx is None else dx[None]
     else:
         totals, dx = jax.lax.scan(chunk, zeros, xs)
-    loss = jax.lax.psum(totals.loss, BATCH_AXES)
+    sums = jax.lax.psum((totals.loss, totals.nats), BATCH_AXES)
     if dx is None:
-        return loss, None
+        return sums, None
     dx_bTD = jnp.moveaxis(dx, 0, 1).reshape(x_bTD.shape[0], -1, x_bTD.shape[2])[:, : x_bTD.shape[1]]
     dw: Any = totals.weight_vD
     if jax.lax.axis_size("data") > 1:  # of one device XLA's CPU backend makes a copy, here as large as the head
@@ -246,7 +284,7 @@ def _local(sizes, objective, differentiate, x_bTD, weight_shard, bias_v, frozen,
     if jax.lax.axis_size("fsdp") > 1:
         dw = jax.lax.psum_scatter(dw, "fsdp", tiled=True)
     db = None if bias_v is None else jax.lax.psum(totals.bias_v, BATCH_AXES).astype(bias_v.dtype)
-    return loss, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
+    return sums, _Gradients(dx_bTD, dw.astype(weight_shard.dtype), db)
 
 
 def token_log_likelihoods(
@@ -332,15 +370,16 @@ def _chunk(objective, differentiate, w_vD, ids_v, own, taught, totals, xs):
     """Adds one chunk's loss (and gradients) to the totals; gives the gradient of its hidden states."""
     x_bcD, x_bcE, targets_bc, weights_bc = xs
     hit = ids_v[None, None] == targets_bc[..., None]
-    score, g = objective.score(own(x_bcD), hit, weights_bc, None if taught is None else taught(x_bcE))
-    loss = totals.loss + score
+    total, g, nats = objective.score(own(x_bcD), hit, weights_bc, None if taught is None else taught(x_bcE))
+    loss = totals.loss + total
+    nats = None if totals.nats is None else totals.nats + nats
     if not differentiate:
-        return _Totals(loss, None, None), None
+        return _Totals(loss, nats, None, None), None
     db = None if totals.bias_v is None else totals.bias_v + g.sum((0, 1))
     g = g.astype(x_bcD.dtype)
     dw = totals.weight_vD + _outer(g, x_bcD)
     dx = jax.lax.psum(jnp.einsum("bcv,vD->bcD", g, w_vD, preferred_element_type=jnp.float32), "tensor")
-    return _Totals(loss, dw, db), dx.astype(x_bcD.dtype)
+    return _Totals(loss, nats, dw, db), dx.astype(x_bcD.dtype)
 
 
 def _outer(g: jax.Array, x_bcD: jax.Array) -> jax.Array:

@@ -21,11 +21,11 @@ from meshgpt.config import Run
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.hardware.topologies import GENERATIONS, GPUS, Gpu, Topology
-from meshgpt.models import flops as scaling
+from meshgpt.models import flops
 from meshgpt.models.model import check_divisibility
 from meshgpt.planning import hlo
 from meshgpt.training.memory import Footprint, NoRoomError, compile_lowered, measure
-from meshgpt.training.program import Program, flops_per_token
+from meshgpt.training.program import Program, training_flops
 
 # What the estimate of time assumes.
 EFFICIENCY = 0.6  # of the peak, in matrix multiplications and all that goes with them
@@ -173,7 +173,7 @@ def _capability_of(topology: Topology) -> Iterator[None]:
 def peak(topology: Topology) -> float:
     """FLOP/s of one device in 16 bits."""
     kind = f"TPU {topology.generation}" if topology.is_tpu else GPUS[topology.generation].kind
-    found = scaling.peak_flops(kind)
+    found = flops.peak_flops(kind)
     assert found is not None
     return found
 
@@ -215,10 +215,9 @@ def prove(run: Run, topology: Topology, *, hbm: int | None = None) -> Proof:
     run = program.run
     text = compiled.as_text() or ""
     found = tuple(hlo.collectives(text, {axis: getattr(run.mesh, axis) for axis in mesh.axis_names}))
-    flops = flops_per_token(run)
     proof = Proof(
         run=run, topology=topology, mesh=run.mesh, memory=memory, collectives=found, kernel=_kernel(text),
-        flops_per_token=flops, estimate=_estimate(run, topology, flops, found),
+        flops_per_token=training_flops(run).total, estimate=_estimate(run, topology, found),
     )  # fmt: skip
     if not topology.is_tpu and memory.limit is not None and memory.peak > memory.limit:
         raise TooLargeError(_too_large(topology, memory.peak, memory.limit), memory.peak)
@@ -236,8 +235,10 @@ def _kernel(text: str) -> str:
     return "cudnn" if any("fmha" in target for target in targets) else "xla"
 
 
-def _estimate(run: Run, topology: Topology, flops: int, found: Sequence[hlo.Collective]) -> Estimate:
-    done = flops * run.global_batch * run.sequence_length * (1 + RECOMPUTED[run.execution.remat] / 3)
+def _estimate(run: Run, topology: Topology, found: Sequence[hlo.Collective]) -> Estimate:
+    counted = training_flops(run)
+    again = RECOMPUTED[run.execution.remat] * counted.forward  # of what is trained; a teacher has no backward pass
+    done = (counted.total + again) * run.global_batch * run.sequence_length
     seconds: dict[str, float] = defaultdict(float)
     for one in found:
         across = topology.slices > 1 and "data" in one.axes

@@ -133,10 +133,35 @@ class Program:
         return step.lower(self.abstract(), self.abstract_frozen(), tokens, weights)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of a training step, a token, as `models.flops` counts: no recomputation.
+
+    forward, backward: of the model that is trained, where a frozen part saves its own gradients. beside: of the forward
+    pass of a model that is only read, a teacher.
+    """
+
+    forward: int
+    backward: int
+    beside: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.beside
+
+
+def training_flops(run: Run) -> Flops:
+    """What a token of the run's training takes."""
+    forward = flops.forward(parameter_shapes(run.model), run.model.vocab_size, run.sequence_length)
+    times = run.trainable.backward(run.model.n_layers)
+    backward = times.blocks * forward.blocks + times.attention * forward.attention + times.head * forward.head
+    beside = run.objective.flops_beside(run.model, run.sequence_length)
+    return Flops(forward=forward.total, backward=round(backward), beside=beside)
+
+
 def flops_per_token(run: Run) -> int:
-    """FLOPs of a training step for each token (`scaling.flops_per_token`), less what frozen parameters save."""
-    whole = flops.flops_per_token(parameter_shapes(run.model), run.model.vocab_size, run.sequence_length)
-    return round(whole * run.trainable.work(run.model.n_layers))
+    """All of `training_flops`: what MFU and a run's total are counted by."""
+    return training_flops(run).total
 
 
 def drops(run: Run) -> bool:

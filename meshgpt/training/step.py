@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from meshgpt.models.precision import LossScale, Precision, stochastic_round
-from meshgpt.objectives.loss import Loss
+from meshgpt.objectives.loss import Counted, Loss
 from meshgpt.optim.config import Optimizer, learning_rate
 from meshgpt.trees import Tree
 
@@ -65,15 +65,18 @@ def make_train_step(
 
     `rounding_key` is for parameters that are rounded stochastically. Where there is an `inspect`, what it makes of the
     gradients (sums over tokens) and the number of the step, from 1, is the metric `inspected`. Other metrics, scalars:
-    `loss` (mean nats a token; NaN where all weights are zero), `grad_norm` (before clipping), `learning_rate`, `tokens`
-    (weights summed), `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this step).
+    `loss` (mean nats a token of the next-token loss; NaN where all weights are zero), `objective` (the mean of what is
+    minimised, where that is more than this loss: with z-loss, or a teacher), `grad_norm` (before clipping),
+    `learning_rate`, `tokens` (weights summed), `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this
+    step).
     """
     rate = learning_rate(optim, total_steps)
     direction = optim.direction()
 
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
         key, scale = _folded(dropout_key, state.step), state.loss_scale
-        total, weight, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
+        total, counted, gradients = _accumulate(loss, state.params, tokens, weights, key, scale and scale.value)
+        weight = counted.weight if isinstance(counted, Counted) else counted
         inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
         empty, weight_or_1 = weight == 0, jnp.where(weight == 0, 1.0, weight)
         norm = global_norm(gradients) / weight_or_1
@@ -98,6 +101,8 @@ def make_train_step(
             loss_scale=scale and _where(empty, scale, scale.after(~overflowed, precision.loss_scaling)),
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
+        if isinstance(counted, Counted):
+            metrics |= {"loss": counted.nats / weight, "objective": total / weight}
         metrics |= {"loss_scale": scale.value} if scale else {}
         return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
 
@@ -130,14 +135,14 @@ def _updated(params: Tree, updates: Tree, lr: jax.Array, rounding_key: jax.Array
 
 def _accumulate(
     loss: Loss, params: Tree, tokens: jax.Array, weights: jax.Array, key: jax.Array | None, scale: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Tree]:
-    """Sums of loss, weights and gradients over the leading axis of tokens and weights.
+) -> tuple[jax.Array, jax.Array | Counted, Tree]:
+    """Sums of loss, weights (or `Counted`) and gradients over the leading axis of tokens and weights.
 
     The gradients of one microbatch have their parameters' dtypes, the sum of several is in float32: a sum of many terms
     in bfloat16 would lose what is below a 512th of it.
     """
 
-    def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+    def one(tokens: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array | Counted, Tree]:
         micro = None if key is None else jax.random.fold_in(key, index)
         if scale is None:
             (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, micro)
@@ -147,7 +152,7 @@ def _accumulate(
         mass = jnp.sum(weights)
         factor = scale / jnp.where(mass == 0, 1.0, mass)
 
-        def scaled(params: Tree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def scaled(params: Tree) -> tuple[jax.Array, tuple[jax.Array, jax.Array | Counted]]:
             total, weight = loss(params, tokens, weights, micro)
             return total * factor, (total, weight)
 
@@ -161,7 +166,9 @@ def _accumulate(
     def body(sums: Tree, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Tree, None]:
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, one(*xs)), None
 
-    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, summed(params)))
+    counted = jax.eval_shape(loss, params, tokens[0], weights[0], key)[1]
+    sums = jax.tree.map(lambda _: jnp.float32(0), counted)
+    zeros = (jnp.float32(0), sums, jax.tree.map(jnp.zeros_like, summed(params)))
     return jax.lax.scan(body, zeros, (tokens, weights, jnp.arange(count)))[0]
 
 
@@ -176,10 +183,14 @@ def summed(params: Tree) -> Tree:
 
 
 def make_eval_step(loss: Loss) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """step(params, tokens (M, T + 1), weights (M, T)) -> (sum of nats, sum of weights), without dropout."""
+    """step(params, tokens (M, T + 1), weights (M, T)) -> (sum of nats, sum of weights), without dropout.
+
+    The nats are of the next-token loss, whatever `loss` is.
+    """
 
     def eval_step(params: Tree, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return loss(params, tokens, weights, None)
+        total, counted = loss(params, tokens, weights, None)
+        return (counted.nats, counted.weight) if isinstance(counted, Counted) else (total, counted)
 
     return eval_step
 
