@@ -1,6 +1,7 @@
 """Low-bit, factored and orthogonal directions: against the papers' equations in NumPy, PyTorch and optax; on meshes."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -100,15 +101,24 @@ def rounded_by_rank1(x: np.ndarray) -> np.ndarray:
     return nearest((np.arange(16) + 1) / 16, x / scale) * scale
 
 
+def largest_update(b1: float, b2: float, count: int) -> float:
+    """Of |m'| / sqrt(v') over all sequences of `count` gradients, by Cauchy and Schwarz, and 0.1% for rounding."""
+    age = np.arange(count)
+    first, second = ((1 - b) * b**age / (1 - b**count) for b in (b1, b2))
+    return 1.001 * math.sqrt(np.sum(first * first / second))
+
+
 def reference(optim: AdamW8bit | AdamW4bit, name: str) -> list[np.ndarray]:
-    """Updates by the papers' algorithm in float64: dequantize, update, use, quantize."""
+    """Updates by the papers' algorithm in float64: dequantize, update, use, quantize; no more than Adam can give."""
     m = v = np.zeros(matrix(name, np.zeros(SHAPES[name][0])).shape)
     updates = []
     for step in range(STEPS):
         g = matrix(name, gradients(step)[name]).astype(np.float64)
         m, v = optim.b1 * m + (1 - optim.b1) * g, optim.b2 * v + (1 - optim.b2) * g * g
         t = step + 1
-        updates.append((m / (1 - optim.b1**t)) / (np.sqrt(v / (1 - optim.b2**t)) + optim.eps))
+        update = (m / (1 - optim.b1**t)) / (np.sqrt(v / (1 - optim.b2**t)) + optim.eps)
+        largest = largest_update(optim.b1, optim.b2, t)
+        updates.append(np.clip(update, -largest, largest))
         if isinstance(optim, AdamW8bit):
             m = rounded_by_blocks(m, codecs.DYNAMIC_8.values.astype(np.float64), 256)
             v = rounded_by_blocks(v, codecs.DYNAMIC_8_UNSIGNED.values.astype(np.float64), 256)

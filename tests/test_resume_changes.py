@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from test_optim_states import SHAPES, gradients, matrix, placed, rounded_by_blocks, rounded_by_rank1
+from test_optim_states import SHAPES, gradients, largest_update, matrix, placed, rounded_by_blocks, rounded_by_rank1
 
 from meshgpt import trees
 from meshgpt.data.batch_sizes import BatchSizes
@@ -106,7 +106,9 @@ def adam_by_hand(optim: AdamW, m: np.ndarray, v: np.ndarray, counts: tuple[int, 
     (b1, b2), (t, s) = (optim.b1, optim.b2), counts
     m = b1 * m * (1 - b1**t) + (1 - b1) * g
     v = b2 * v * (1 - b2**s) + (1 - b2) * g * g
-    return (m / (1 - b1 ** (t + 1))) / (np.sqrt(v / (1 - b2 ** (s + 1))) + optim.eps)
+    update = (m / (1 - b1 ** (t + 1))) / (np.sqrt(v / (1 - b2 ** (s + 1))) + optim.eps)
+    largest = largest_update(b1, b2, s + 1)
+    return np.clip(update, -largest, largest)
 
 
 @pytest.mark.parametrize(
