@@ -7,7 +7,7 @@ import typing
 from typing import Any, Literal, TypeAlias
 
 from meshgpt.checkpoint.manager import Checkpointing
-from meshgpt.data.mixture import Stage, check_stages
+from meshgpt.data.mixture import LONGEST, Stage, check_stages
 from meshgpt.data.prepare import Prepare
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
@@ -149,6 +149,13 @@ class Run:
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
+        if self.steps >= 2**31:
+            raise UserError(f"--steps {self.steps}: steps are counted in 32 bits, up to {2**31 - 1}")
+        if self.steps * self.global_batch > LONGEST:
+            raise UserError(
+                f"--steps {self.steps} of --global-batch {self.global_batch} are more than the {LONGEST:,} sequences "
+                "that can be counted: lower one of them"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}")
         for name in ("seq_len", "eval_batches", "check_replicas_every"):

@@ -67,6 +67,49 @@ def test_budgets_are_spent_to_the_sequence(shares: list[int]):
     assert np.bincount(source_n, minlength=len(shares)).tolist() == shares
 
 
+@pytest.mark.parametrize("whole", [10, 4 * 10**9, 2**39 + 1, 1_562_500_000_000, 2**50])
+def test_shares_are_exact_at_internet_scale(whole: int):
+    """1e14 tokens are 1.6e12 sequences of 64: against Python's integers, which have no range, one at a time."""
+    shares = [whole // 2 + 1, whole // 3, 1, whole - (whole // 2 + 1) - whole // 3 - 1]
+    turns, rng = Interleave(shares), np.random.default_rng(whole)
+    far = np.unique(
+        np.concatenate([[0, 1, whole - 2, whole - 1], rng.integers(0, whole, 400), whole - np.arange(1, 9)])
+    )
+    source_n, nth_n = turns.locate(far)
+    for index, source, nth in zip(far.tolist(), source_n.tolist(), nth_n.tolist(), strict=True):
+        low, high, left = 0, len(shares), index
+        while high - low > 1:
+            middle = (low + high) // 2
+            part, both = sum(shares[low:middle]), sum(shares[low:high])
+            before, after = ((i * part + both // 2) // both for i in (left, left + 1))
+            low, high, left = (low, middle, before) if after > before else (middle, high, left - before)
+        assert (source, nth) == (low, left)
+        assert turns.find(source, nth) == index
+    one_n, nth_of_one_n = (np.concatenate(each) for each in zip(*map(turns.locate, far[:, None]), strict=True))
+    assert np.array_equal(source_n, one_n)  # the order of a large batch and of a single sequence
+    assert np.array_equal(nth_n, nth_of_one_n)
+    assert [turns.count(source, whole) for source in range(4)] == shares
+
+
+def test_the_order_of_large_batches_is_that_of_small_ones_beyond_64_bits():
+    budgets = {"web": 60 * 10**12, "code": 25 * 10**12, "books": 15 * 10**12}
+    stage = Stage(sources=tuple(Source(store=f"stores/{name}", tokens=count) for name, count in budgets.items()))
+    schedule = schedule_of(stage, tokens={name: count + 1 for name, count in budgets.items()}, seq_len=64)
+    total = sum(budgets.values()) // 64
+    schedule.check(total)
+    assert schedule.used(total) == [count // 64 for count in budgets.values()]
+    last = np.arange(total - 512, total)
+    source_n, nth_n = schedule.locate(last)
+    for start in range(0, 512, 4):
+        small_source_n, small_nth_n = schedule.locate(last[start : start + 4])
+        assert np.array_equal(source_n[start : start + 4], small_source_n)
+        assert np.array_equal(nth_n[start : start + 4], small_nth_n)
+    for source, count in enumerate(budgets.values()):
+        assert nth_n[source_n == source].max() == count // 64 - 1
+    with pytest.raises(UserError, match=r"at most 1,125,899,906,842,624 can be counted"):
+        Interleave([2**49, 2**49, 1])
+
+
 def schedule_of(*stages: Stage, tokens: dict[str, int], global_batch: int = 8, seq_len: int = 1024) -> Schedule:
     check_stages(stages)
     lengths = [(count - 1) // seq_len for count in tokens.values()]
@@ -117,7 +160,7 @@ def test_two_subsets_one_after_another():
     [
         (lambda: Source(store="a", weight=0), r"source 'a': weight 0 must be a positive"),
         (lambda: Source(store="a", weight=-2.0), r"source 'a': weight -2.0"),
-        (lambda: Source(store="a", weight=float("nan")), r"weight nan"),
+        (lambda: Source(store="a", weight=float("nan")), r"weight=nan"),
         (lambda: Source(store="a", tokens=-1), r"source 'a': tokens -1"),
         (lambda: Source(store="a", tokens=5, weight=2.0), r"both a weight \(2.0\) and tokens \(5\)"),
         (lambda: Source(store="a", max_epochs=-1), r"max_epochs -1"),

@@ -18,7 +18,8 @@ from meshgpt.errors import UserError
 from meshgpt.settings import settings
 
 _FEW = 8  # sequences for which plain integers are quicker than arrays
-_WEIGHT_UNITS = 1 << 24  # weights become integers of this sum: 64 bits then hold (sequence number) x (weight)
+_WEIGHT_UNITS = 1 << 24  # weights become integers of this sum
+LONGEST = 1 << 50  # sequences of a run, or of a stage: what `_rounded_share` is exact for
 
 
 @settings("data.mixture.sources")
@@ -113,12 +114,17 @@ class Interleave:
 
     Args:
         shares: one positive integer a source. Of the first sum(shares) sequences, source k has exactly shares[k].
+
+    Raises:
+        UserError: the shares add up to more than 2^50.
     """
 
     def __init__(self, shares: Sequence[int]):
         self._before = [0]
         for share in shares:
             self._before.append(self._before[-1] + share)
+        if self._before[-1] > LONGEST:
+            raise UserError(f"a stage of {self._before[-1]:,} sequences: at most {LONGEST:,} can be counted")
         self._count = len(shares)
 
     def locate(self, index_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,10 +192,21 @@ class Interleave:
             return
         middle = (low + high) // 2
         whole, part = self._weigh(low, high), self._weigh(low, middle)
-        before = (index * part + whole // 2) // whole
-        left = ((index + 1) * part + whole // 2) // whole > before
+        before = _rounded_share(index, part, whole)
+        left = _rounded_share(index + 1, part, whole) > before
         self._descend(low, middle, before[left], place[left], source_n, nth_n)
         self._descend(middle, high, (index - before)[~left], place[~left], source_n, nth_n)
+
+
+def _rounded_share(index_n: np.ndarray, part: int, whole: int) -> np.ndarray:
+    """floor((index part + whole // 2) / whole), int64, exact although the product may not fit into 64 bits.
+
+    The quotient is estimated in float64, off by at most 2 for index and whole of up to `LONGEST`. What the estimate
+    leaves of the numerator is then a few times `whole` at most: 64-bit integers, which wrap around, have it exactly.
+    """
+    estimate_n = (index_n * (part / whole)).astype(np.int64)
+    rest_n = index_n * np.int64(part) + np.int64(whole // 2) - estimate_n * np.int64(whole)
+    return estimate_n + rest_n // whole
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
