@@ -101,7 +101,12 @@ class Run:
     model: GPT2Config | GPTJConfig
     data: Data
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps that the learning-rate schedule is made for: all of the run's, but for those of `extend`."""
+    extend: int = 0
+    """Steps after `steps`, with which a finished run goes on; `extend_schedule` says at which learning rate."""
+    extend_schedule: Literal["constant", "rewarmed"] = "constant"
+    """Of the steps of `extend`: constant stays at the rate that the schedule ended with; rewarmed rises to the peak in
+    a tenth of them and decays over the others as the schedule did."""
     global_batch: int
     """Sequences in a step, over all devices and accumulated microbatches."""
     seq_len: int = 0
@@ -149,16 +154,16 @@ class Run:
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
-        if self.steps >= 2**31:
-            raise UserError(f"--steps {self.steps}: steps are counted in 32 bits, up to {2**31 - 1}")
-        if self.steps * self.global_batch > LONGEST:
+        if self.last_step >= 2**31:
+            raise UserError(f"--steps {self.last_step}: steps are counted in 32 bits, up to {2**31 - 1}")
+        if self.last_step * self.global_batch > LONGEST:
             raise UserError(
-                f"--steps {self.steps} of --global-batch {self.global_batch} are more than the {LONGEST:,} sequences "
-                "that can be counted: lower one of them"
+                f"--steps {self.last_step} of --global-batch {self.global_batch} are more than the {LONGEST:,} "
+                "sequences that can be counted: lower one of them"
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed}: give a number from 0 to {2**32 - 1}")
-        for name in ("seq_len", "eval_batches", "check_replicas_every"):
+        for name in ("extend", "seq_len", "eval_batches", "check_replicas_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: this cannot be negative")
         if self.seq_len > self.model.n_positions:
@@ -175,6 +180,11 @@ class Run:
             )
 
     @property
+    def last_step(self) -> int:
+        """The step that ends the run: of the schedule and of what extends it."""
+        return self.steps + self.extend
+
+    @property
     def sequence_length(self) -> int:
         return self.seq_len or self.model.n_positions
 
@@ -182,10 +192,9 @@ class Run:
 # What may differ when a run is resumed: none of it changes what the steps done so far have computed. The tokens
 # themselves are compared by their digest (`train.start_state`), so that a store may be moved.
 RESUMABLE = (
-    *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals", "log_every", "max_bad_steps"),
-    *("sinks", "check_replicas_every"),
-    *("checkpointing", "samples", "export", "run_dir", "resume", "data.store", "data.prepare.workers"),
-    *("data.prepare.overwrite", "resume_with_changes"),
+    *("steps", "extend", "extend_schedule", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals"),
+    *("log_every", "max_bad_steps", "sinks", "check_replicas_every", "checkpointing", "samples", "export", "run_dir"),
+    *("resume", "data.store", "data.prepare.workers", "data.prepare.overwrite", "resume_with_changes"),
 )
 
 # What may differ where it is asked for (`--resume-with-changes`): `start` carries a run over. `init`, of a base that

@@ -37,6 +37,7 @@ def smoke(run: Run) -> Run:
         model=model,
         data=Data(prepare=text),
         steps=STEPS,
+        extend=0,
         global_batch=16,
         accumulate=min(run.accumulate, 2),
         seq_len=0,

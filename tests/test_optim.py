@@ -128,12 +128,6 @@ def test_what_has_a_rank_above_one_in_the_unstacked_model_decays(config: ModelCo
             assert ours[path] == peer[tensor.name], path
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (100, 5), (1, 1)])
-def test_a_warmup_that_outlasts_the_run_is_refused(warmup: int, steps: int) -> None:
-    with pytest.raises(UserError, match=rf"warmup_steps={warmup} must be below the run's {steps} steps"):
-        learning_rate(AdamW(warmup_steps=warmup), steps)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -30,7 +30,7 @@ def same_state(run: Path, other: Path, tolerance: float) -> str:
     Raises:
         DiffersError: another step, or a difference beyond that.
     """
-    step = RunFolder(run).read_run().steps
+    step = RunFolder(run).read_run().last_step
     ours, theirs = (_state(folder, step) for folder in (run, other))
     if not tolerance:
         for name, value in ours.items():
@@ -77,7 +77,7 @@ def fed_once(run: Path, notes: Path) -> str:
     """
     configuration, data = open_run(run)
     batch, reached = configuration.global_batch, 0
-    seen = np.zeros((configuration.steps, batch), bool)
+    seen = np.zeros((configuration.last_step, batch), bool)
     expected: dict[int, list[int]] = {}
     for path in sorted(notes.iterdir()):
         previous = None
@@ -95,7 +95,7 @@ def fed_once(run: Path, notes: Path) -> str:
         reached = max(reached, previous or 0)
     if not seen.all():
         raise DiffersError(f"step {int(np.argwhere(~seen)[0][0]) + 1} was not fed whole")
-    return f"{seen.size:,} sequences of {configuration.steps:,} steps, each the one that the run's order has there"
+    return f"{seen.size:,} sequences of {configuration.last_step:,} steps, each the one that the run's order has there"
 
 
 def _notes(path: Path) -> list[tuple[int, dict[int, int]]]:

@@ -141,7 +141,7 @@ def chaos(arguments: Sequence[str]) -> int:
     _check_empty(asked.out)
     run, rest = _settled(asked, rest)
     begun, trial, out = time.monotonic(), Trial(asked, rest, run), asked.out.absolute()
-    faults = plan(asked.kills, asked.seed, run.steps)
+    faults = plan(asked.kills, asked.seed, run.last_step)
     trial.undisturbed(out / "undisturbed", out / "notes-undisturbed")
     _say(f"the undisturbed run took {duration(time.monotonic() - begun)}; now {len(faults)} faults")
     with small_disk(out / "disk", _DISK_BYTES) as disk:

@@ -119,7 +119,7 @@ def _time(proof: Proof) -> list[str]:
     estimate, tokens = proof.estimate, proof.tokens_per_step
     best, worst = estimate.best, estimate.worst
     moving = ", ".join(f"{axes} {seconds:.2f} s" for axes, seconds in estimate.moving.items() if seconds >= 0.005)
-    days = [proof.run.steps * seconds / 86400 for seconds in (best, worst)]
+    days = [proof.run.last_step * seconds / 86400 for seconds in (best, worst)]
     assumed = (
         f"{aot.EFFICIENCY:.0%} of {aot.peak(proof.topology) / 1e12:.0f} TFLOP/s where it computes, recomputation too"
     )
@@ -128,7 +128,7 @@ def _time(proof: Proof) -> list[str]:
         f"a step (estimate): {best:.2f} s if sending hides behind computing, {worst:.2f} s if nothing does",
         f"  computing {estimate.computing:.2f} s; sending {moving or 'next to nothing'}",
         f"  {speed}, MFU {proof.mfu(best):.0%} to {proof.mfu(worst):.0%}",
-        f"  {proof.run.steps:,} steps of {tokens:,} tokens: {days[0]:.1f} to {days[1]:.1f} days",
+        f"  {proof.run.last_step:,} steps of {tokens:,} tokens: {days[0]:.1f} to {days[1]:.1f} days",
         f"  assumed: {assumed}; each axis of the mesh along one axis of the slice (docs/pods.md has the links)",
     ]
 

@@ -80,7 +80,7 @@ def order(arguments: Sequence[str]) -> None:
     """meshgpt data order RUN --from-step A --to-step B"""
     asked = tyro.cli(OrderArguments, prog="meshgpt data order", args=list(arguments), config=_FLAGS)
     run, data = open_run(asked.run)
-    last = asked.to_step or run.steps
+    last = asked.to_step or run.last_step
     if not 1 <= asked.from_step <= last:
         raise UserError(f"--from-step {asked.from_step} --to-step {last}: give steps from 1, the first not the larger")
     for step in range(asked.from_step, last + 1):
@@ -219,11 +219,11 @@ def _place(split: Split, number: int, text: str, tokenizer: Tokenizer) -> tuple[
 def _steps(run: Run, data: RunData, store: Store, start: int, stop: int) -> str:
     """Which steps of a run see tokens [start, stop) of a store."""
     sizes = data.batches.sizes
-    total = sizes.before(run.steps)
+    total = sizes.before(run.last_step)
     seen = set()
     for source, one in enumerate(data.stores.values()):
         if one.digest == store.digest:
             for record in data.batches.sources[source].covering(start, stop):
                 seen |= {sizes.step_of(n) + 1 for n in data.batches.sequences_with(source, record, total)}
     steps = ", ".join(f"{step:,}" for step in sorted(seen))
-    return f"seen by step {steps} of {run.steps:,}" if seen else f"not seen in {run.steps:,} steps"
+    return f"seen by step {steps} of {run.last_step:,}" if seen else f"not seen in {run.last_step:,} steps"

@@ -25,6 +25,7 @@ from meshgpt.optim.muon import OrthogonalMomentum
 from meshgpt.optim.schedules import (
     Constant,
     Cosine,
+    Extension,
     InverseSqrt,
     Linear,
     Piece,
@@ -230,13 +231,16 @@ def decayed(params: Tree) -> Tree:
     return mask(params, MATRIX)
 
 
-def learning_rate(optim: Optimizer, total_steps: int) -> optax.Schedule:
+def learning_rate(optim: Optimizer, total_steps: int, extension: Extension = Extension()) -> optax.Schedule:
     """The learning rate of a step (0-based, an int32 scalar), a float32 scalar.
 
+    Args:
+      total_steps: those that the schedule is made for; the steps of `extension` come after them.
+
     Raises:
-      UserError: when the warmup does not end before the run does.
+      UserError: an extension that cannot be.
     """
-    return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps)
+    return learning_rate_schedule(optim.schedule, optim.peak_lr, optim.warmup_steps, total_steps, extension)
 
 
 def _check_memory(field: str, dtype: FloatName, decay: str, value: float) -> None:

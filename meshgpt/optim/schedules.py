@@ -4,6 +4,7 @@ One rule for how a run begins, that of GPT-J's and nanoGPT's codes: no step trai
 of warmup is at peak / w and the last at the peak, and so is the first after it.
 """
 
+import dataclasses
 from typing import Literal, TypeAlias
 
 import jax
@@ -71,8 +72,8 @@ class Piece:
 class Piecewise:
     """One piece after another, the first from `start` x peak; constant after the last.
 
-    A first piece that rises is a warmup: its first step is one of its `steps` above `start`, its last is at `to`.
-    Step t (from 0) of any other piece is t / steps of the way.
+    A first piece that rises from 0 is a warmup: its first step is one of its `steps` above 0, its last is at `to`.
+    Step t (from 0) of any other piece is t / steps of the way, so that a run with a `start` begins at it.
     """
 
     pieces: tuple[Piece, ...]
@@ -86,19 +87,63 @@ class Piecewise:
 Schedule: TypeAlias = Cosine | Linear | Constant | InverseSqrt | Piecewise
 
 
-def learning_rate_schedule(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """Steps of a run after those that its schedule was made for.
+
+    Attributes:
+        steps: how many; 0 for none.
+        kind: "constant" stays at the rate that the schedule ended with. "rewarmed" rises in a straight line from there
+            to the peak, in a tenth of the steps, and decays over the others as the schedule did (Ibrahim et al. 2024,
+            "Simple and Scalable Strategies to Continually Pre-train Large Language Models").
+    """
+
+    steps: int = 0
+    kind: Literal["constant", "rewarmed"] = "constant"
+
+
+def learning_rate_schedule(
+    schedule: Schedule, peak: float, warmup_steps: int, total_steps: int, extension: Extension = Extension()
+) -> optax.Schedule:
     """The learning rate of a step (0-based): a linear warmup to the peak, then `schedule`; `Piecewise` is all of it.
 
+    A warmup that would not end before the run does is shortened: see `fitting_warmup`.
+
     Raises:
-      UserError: when the warmup does not end before the run does.
+      UserError: the extension would train at a rate of 0, or a `Piecewise` is to be rewarmed.
     """
+    planned = _planned(schedule, peak, fitting_warmup(warmup_steps, total_steps), total_steps)
+    if not extension.steps:
+        return planned
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        last = float(jnp.asarray(planned(total_steps)))
+    if extension.kind == "constant":
+        if last <= 0:
+            raise UserError(
+                f"extend={extension.steps}: the schedule ends at a learning rate of {last:g}; to go on with one that "
+                "rises and falls again, give --extend-schedule rewarmed"
+            )
+        return optax.join_schedules([planned, optax.constant_schedule(last)], [total_steps])
+    if isinstance(schedule, Piecewise):
+        raise UserError(
+            "extend_schedule=rewarmed: a piecewise schedule has no decay to repeat; add pieces to it instead"
+        )
+    if isinstance(schedule, Cosine | Linear):
+        schedule = dataclasses.replace(schedule, steps=None)
+    warmup = max(1, extension.steps // 10)
+    rise = optax.linear_schedule(last + (peak - last) / warmup, peak, warmup - 1)
+    fall = _after_warmup(schedule, peak, warmup, extension.steps - warmup)
+    return optax.join_schedules([planned, rise, fall], [total_steps, total_steps + warmup])
+
+
+def fitting_warmup(warmup_steps: int, total_steps: int) -> int:
+    """`warmup_steps`, or a tenth of the run where so many would not end before it: a short try of a long recipe."""
+    return warmup_steps if warmup_steps < total_steps else total_steps // 10
+
+
+def _planned(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     if isinstance(schedule, Piecewise):
         return _piecewise(schedule, peak)
-    if warmup_steps >= max(total_steps, 1) and warmup_steps > 0:
-        raise UserError(
-            f"optim.warmup_steps={warmup_steps} must be below the run's {total_steps} steps; "
-            f"for example --optim.warmup-steps {total_steps // 10}"
-        )
     after = _after_warmup(schedule, peak, max(warmup_steps, 1), total_steps - warmup_steps)
     if warmup_steps == 0:
         return after
@@ -123,7 +168,7 @@ def _piecewise(schedule: Piecewise, peak: float) -> optax.Schedule:
     level, end = schedule.start * peak, 0
     for piece in schedule.pieces:
         target = piece.to * peak
-        ahead = 1 if not parts and target > level else 0
+        ahead = 1 if not parts and level == 0 < target else 0
         parts.append(_ramp(piece, level, target, ahead))
         level, end = target, end + piece.steps
         ends.append(end)

@@ -84,7 +84,7 @@ def measured(runs: Sequence[Facts], which: Literal["auto", "final", "all"], coun
             )
         steady = isinstance(run.run.optim.schedule, Constant | InverseSqrt)
         if which == "all" or (which == "auto" and steady):
-            kept &= steps >= _SETTLED * run.run.steps
+            kept &= steps >= _SETTLED * run.run.last_step
         else:
             kept &= steps == steps[kept].max()
         table += [
@@ -109,7 +109,7 @@ def fitted(points: Points, resamples: int) -> Fit:
 
 def predict(found: Fit, run: Facts, count: Counting) -> Prediction:
     """What the law says of a run at its last planned step, and what came out if it got there."""
-    n, d = size(run, count), run.tokens_by(run.run.steps)
+    n, d = size(run, count), run.tokens_by(run.run.last_step)
     low, high = found.interval(n, d)
     done = run.finished and run.last("val_loss") is not None
     return Prediction(

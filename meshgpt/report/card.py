@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from meshgpt.config import Run
 from meshgpt.models import flops
 from meshgpt.models.model import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.models.trainable import Full
-from meshgpt.optim.config import Piecewise
+from meshgpt.optim.schedules import Piecewise, fitting_warmup
 from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
 from meshgpt.report.distillation import distillation
 from meshgpt.report.energy import Assumptions, Energy, energy
@@ -70,7 +71,7 @@ def _description(facts: Facts) -> list[Block]:
         f"{facts.name} is a {family} language model with {shape.total:,} parameters, trained with meshgpt "
         f"{facts.record.get('meshgpt', '')}: a decoder-only transformer that predicts the next token of a text. "
     )
-    state = f"It has been trained for {facts.step:,} of {facts.run.steps:,} steps"
+    state = f"It has been trained for {facts.step:,} of {facts.run.last_step:,} steps"
     text += f"{state}, {amount(facts.tokens)} tokens." if facts.finished else f"{state} so far: it is not finished."
     return [
         Heading(level=2, text="Model Description"),
@@ -168,13 +169,13 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
     restarts = f", in {len(facts.sessions)} sessions" if len(facts.sessions) > 1 else ""
     hours = "not recorded" if facts.hours is None else f"{facts.hours:.4g} ({duration(facts.hours * 3600)}){restarts}"
     rows = [
-        ("Steps", f"{facts.step:,}" + ("" if facts.finished else f" of {run.steps:,}, in progress")),
+        ("Steps", f"{facts.step:,}" + ("" if facts.finished else f" of {run.last_step:,}, in progress")),
         ("Batch", f"{run.global_batch:,} x {run.sequence_length:,} = {per_step:,} tokens"),
         ("Tokens", f"{facts.tokens:,}"),
         ("Tokens per parameter", f"{facts.tokens / facts.parameters.total:.3g}"),
         *([] if isinstance(run.trainable, Full) else [("Trained", f"{run.trainable}, beside {run.init}")]),
         ("Optimizer", _optimizer(run.optim)),
-        ("Learning rate", _schedule(run.optim)),
+        ("Learning rate", _schedule(run)),
         ("Precision", f"parameters in {run.precision.params}, computing in {_compute(facts)}"),
         *((f"Changed at step {change['step']:,}", _change(change)) for change in facts.record.get("history", [])),
         ("Hardware", facts.hardware or "not recorded"),
@@ -222,13 +223,24 @@ def _optimizer(optim: Any) -> str:
     return f"{type(optim).__name__}: " + ", ".join(f"{name} {getattr(optim, name)}" for name in fields)
 
 
-def _schedule(optim: Any) -> str:
-    schedule = optim.schedule
+def _extended(run: Run) -> str:
+    if not run.extend:
+        return ""
+    how = "rewarmed to the peak" if run.extend_schedule == "rewarmed" else "at the rate it ended with"
+    return f"; then {run.extend:,} steps more, {how}"
+
+
+def _schedule(run: Run) -> str:
+    optim, schedule = run.optim, run.optim.schedule
     name = type(schedule).__name__
     values = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     details = ", ".join(f"{field} {value}" for field, value in values.items() if value is not None)
-    warmup = "" if isinstance(schedule, Piecewise) else f", {optim.warmup_steps:,} steps of linear warmup"
-    return f"peak {optim.peak_lr:g}{warmup}, then {name}" + (f" ({details})" if details else "")
+    warmup = (
+        ""
+        if isinstance(schedule, Piecewise)
+        else f", {fitting_warmup(optim.warmup_steps, run.steps):,} steps of linear warmup"
+    )
+    return f"peak {optim.peak_lr:g}{warmup}, then {name}" + (f" ({details})" if details else "") + _extended(run)
 
 
 def _results(facts: Facts, panels: Sequence[Panel]) -> list[Block]:

@@ -86,7 +86,7 @@ class Facts:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.run.steps
+        return self.step >= self.run.last_step
 
     @property
     def flops(self) -> float:

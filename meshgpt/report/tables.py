@@ -109,7 +109,7 @@ def comparison(runs: Sequence[Facts], assumed: Assumptions) -> list[Block]:
         rows.append([
             run.name,
             amount(run.parameters.total),
-            f"{run.step:,}" + ("" if run.finished else f" of {run.run.steps:,}"),
+            f"{run.step:,}" + ("" if run.finished else f" of {run.run.last_step:,}"),
             amount(run.tokens),
             f"{run.flops:.3g}",
             "" if run.hours is None else f"{run.hours:.4g}",

@@ -110,7 +110,7 @@ def open_run_data(run: Run, folder: RunFolder, sizes: BatchSizes | None = None) 
         [len(one) for one in records],
         sizes,
     )
-    schedule.check(sizes.before(run.steps))
+    schedule.check(sizes.before(run.last_step))
     if not run.data.mixture:
         stores = {"": next(iter(stores.values()))}  # nameless: it may move without changing the order
     held_out = tuple(store.split("val") for store in stores.values())

@@ -1,5 +1,6 @@
 """What a run leaves behind when it has finished: samples, a Hugging Face folder, the loss curve, and a summary."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,7 +16,9 @@ from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.model import Model
+from meshgpt.optim.schedules import Piecewise
 from meshgpt.training.loss_curve import plot_loss
+from meshgpt.training.program import learning_rate_of
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import read_json_lines
 from meshgpt.trees import Tree
@@ -119,8 +122,8 @@ def summary(run: Run, folder: RunFolder) -> str:
     """Where everything is, and what to try next."""
     rows = read_json_lines(folder.metrics)
     last = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
-    tokens = folder.batch_sizes().before(run.steps) * run.sequence_length
-    lines = [f"finished: {run.steps:,} steps, {tokens:,} tokens"]
+    tokens = folder.batch_sizes().before(run.last_step) * run.sequence_length
+    lines = [f"finished: {run.last_step:,} steps, {tokens:,} tokens"]
     if last:
         lines[0] += f", validation loss {last['val_loss']:.4f}"
     if "val_bits_per_byte" in last:
@@ -133,6 +136,24 @@ def summary(run: Run, folder: RunFolder) -> str:
     lines += [f"  {name:<19} {path}" for name, path in places]
     lines += ["what next:", f'  meshgpt generate {folder.path} --prompt "..."']
     lines += [f"  meshgpt report {folder.path}    a model card, plots and a page to look at"]
-    lines += [f"  longer: the same command with --steps {run.steps * 2} goes on from here"]
+    lines += [f"  longer: the same command with {how_to_go_on(run)}"]
     lines += ["  afresh: the same command with --resume never sets this run aside and starts again"]
     return "\n".join(lines)
+
+
+def how_to_go_on(run: Run) -> str:
+    """The flags that make a finished run longer, and what becomes of its learning rate."""
+    more, longer = run.steps, dataclasses.replace(run, steps=2 * run.last_step, extend=0)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        last, jump = (float(np.asarray(learning_rate_of(each)(run.last_step))) for each in (run, longer))
+    if last <= 0 and isinstance(run.optim.schedule, Piecewise):
+        return f"--steps {longer.steps}, once optim.schedule has more pieces: its learning rate has fallen to 0"
+    if last <= 0:
+        extended = f"--extend {run.extend + more} --extend-schedule rewarmed"
+        return f"{extended} goes on from here with a learning rate that rises again; it has fallen to 0"
+    if abs(jump / last - 1) < 0.01:
+        return f"--steps {longer.steps} goes on from here"
+    return (
+        f"--extend {run.extend + more} goes on from here at the final learning rate, {last:.2g} "
+        f"(--steps {longer.steps} would set it to {jump:.2g})"
+    )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from meshgpt.checkpoint.manager import Checkpointer
 from meshgpt.config import Run, differences, from_json, may_change, to_json
@@ -13,13 +14,16 @@ from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.precision import LossScale, Precision
 from meshgpt.models.trainable import Full
-from meshgpt.optim.config import Optimizer
+from meshgpt.optim.config import Optimizer, learning_rate
 from meshgpt.optim.convert_state import carried, same_state
+from meshgpt.optim.schedules import Extension, Piecewise, fitting_warmup
 from meshgpt.training.data import RunData
 from meshgpt.training.pretrained import check_identity, check_tokenizer, identity, initial_moments, initial_params
-from meshgpt.training.program import Program
+from meshgpt.training.program import Program, learning_rate_of
 from meshgpt.training.step import TrainState
 from meshgpt.trees import Tree, count, leaves_with_names
+
+_OF_THE_RATE = ("steps", "extend", "extend_schedule")  # fields of a run that the learning rate depends on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,8 @@ def newest(run: Run, checkpoints: Checkpointer) -> Point | None:
         if run.resume == "must":
             raise UserError("--resume must: no checkpoint was saved yet")
         return None
-    if step > run.steps:
-        raise UserError(f"the run is at step {step}, beyond --steps {run.steps}: give at least {step}")
+    if step > run.last_step:
+        raise UserError(f"the run is at step {step}, beyond --steps {run.last_step}: give at least {step}")
     return Point(step=step, metadata=dict(checkpoints.metadata(step)))
 
 
@@ -83,6 +87,7 @@ def start(
     """
     run = program.run
     say(_sizes(program))
+    _say_warmup(run, say)
     metadata: dict[str, Any] = {"batch_sizes": data.batches.sizes.to_json(), "history": []}
     if point is not None:
         data.check_unchanged(point.metadata.get("data", []), f"step {point.step:,}")
@@ -140,6 +145,11 @@ def _history(
     """The changes of the run so far, those at `point` among them, which are said."""
     earlier = list(point.metadata.get("history", []))
     changes = point.changes(run)
+    jump = _rate_change(run, point)
+    if jump:
+        everything = differences(point.metadata["run"], to_json(run))
+        changes |= {name: [old, new] for name, old, new in everything if name in _OF_THE_RATE}
+        notes = [*notes, jump]
     if not changes:
         return earlier
     sequence = sizes.before(point.step)
@@ -149,6 +159,34 @@ def _history(
     for note in notes:
         say(f"  {note}")
     return [*earlier, {"step": point.step, "sequences": sequence, "changes": changes, "notes": notes}]
+
+
+def _rate_change(run: Run, point: Point) -> str:
+    """How the learning rate differs from what was planned when `point` was saved, in words; "" where it does not."""
+    then, step = point.metadata["run"], point.step
+    planned = learning_rate(
+        from_json(Optimizer, then["optim"], "the checkpoint's optim"), then["steps"],
+        Extension(then.get("extend", 0), then.get("extend_schedule", "constant")),
+    )  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        steps = np.arange(step + 1)
+        before, now = (np.broadcast_to(rate(steps), steps.shape) for rate in (planned, learning_rate_of(run)))
+    if np.allclose(before, now, rtol=1e-4, atol=0):
+        return ""
+    said = f"learning rate: {now[step]:.3g} at step {step + 1:,}, where the schedule so far had {before[step]:.3g}"
+    if now[step] > 1.2 * before[step] > 0 and step >= then["steps"] + then.get("extend", 0):
+        said += (
+            f", a jump to {now[step] / before[step]:.2g} times as much; without it: --steps {then['steps']} "
+            f"--extend {run.last_step - then['steps']}"
+        )
+    return said
+
+
+def _say_warmup(run: Run, say: Callable[[str], None]) -> None:
+    asked = run.optim.warmup_steps
+    fits = fitting_warmup(asked, run.steps)
+    if fits != asked and not isinstance(run.optim.schedule, Piecewise):
+        say(f"a warmup of {asked:,} steps does not fit into a run of {run.steps:,}: shortened to {fits:,}")
 
 
 def _sizes(program: Program) -> str:

@@ -30,7 +30,7 @@ from meshgpt.models import flops
 from meshgpt.models.model import check_divisibility, parameter_shapes
 from meshgpt.objectives.document_mask import prove_isolation
 from meshgpt.training.data import RunData, open_run_data, without_preparing
-from meshgpt.training.finish import check_samples, finish
+from meshgpt.training.finish import check_samples, finish, how_to_go_on
 from meshgpt.training.init_state import batch_sizes, newest, start
 from meshgpt.training.memory import compile_fitting
 from meshgpt.training.pretrained import adopt, record_origin
@@ -77,7 +77,7 @@ def train(run: Run, command: str = "") -> None:
             data.write_ledger(folder.ledger)
         record_origin(run, folder)
         record_before(loop.program, loop.validation, begun, folder)
-        if int(state.step) >= run.steps and _is_finished(run, folder, int(state.step)):
+        if int(state.step) >= run.last_step and _is_finished(run, folder, int(state.step)):
             say(_finished_already(run, folder, int(state.step)))
             return
         replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
@@ -140,11 +140,11 @@ def run_steps(
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
-    if run.data.mask_documents and first < run.steps:
+    if run.data.mask_documents and first < run.last_step:
         _prove_isolation(loop, feed, state)
     figures = Figures(loop, folder, first, replicas, pulse)
     clock, step_fn = Clock(), None
-    batches = clock.waited(iter(loop.data.batches.iterate(first, run.steps, feed.rows)), DATA)
+    batches = clock.waited(iter(loop.data.batches.iterate(first, run.last_step, feed.rows)), DATA)
     with stop_requests() as stop, figures.open(), clock:
         for step, (tokens, weights) in enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
@@ -158,7 +158,7 @@ def run_steps(
             if loop.validation.due(step):
                 with figures.evaluating(step) as log, clock.on(EVALUATING):
                     log(loop.validation.figures(step, state.params, loop.frozen))
-            saves = step % run.checkpointing.every == 0 and step < run.steps
+            saves = step % run.checkpointing.every == 0 and step < run.last_step
             if saves or replicas.due(step):
                 figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
                 replicas.compare(step, state.items())
@@ -178,7 +178,7 @@ def run_steps(
         if jax.process_index() == 0:
             folder.mark_diverged(int(state.step))
         raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
-    return state, int(state.step) < run.steps
+    return state, int(state.step) < run.last_step
 
 
 def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
@@ -222,7 +222,7 @@ class Figures:
             sinks = open_sinks(self._run.sinks, self._folder.path, to_json(self._run), self._first)
             lines = JsonLines(self._folder.metrics, self._first)
             session = Session(self._folder.sessions, self._first, self._facts)
-            self._tracker = Several([Console(self._run.steps, self._first), lines, session, *sinks])
+            self._tracker = Several([Console(self._run.last_step, self._first), lines, session, *sinks])
         self._pulse.begin(self._first)
         try:
             yield
@@ -263,7 +263,7 @@ class Figures:
 
     def _logs(self, step: int) -> bool:
         run = self._run
-        return step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.steps)
+        return step % run.log_every == 0 or step % run.eval_every == 0 or step in (self._first + 1, run.last_step)
 
     def _speed(self, step: int) -> dict[str, float]:
         """Since the last logged step; the first of a run counts its compilation."""
@@ -332,8 +332,9 @@ def _to_go_on(command: str) -> str:
 
 def _finished_already(run: Run, folder: RunFolder, step: int) -> str:
     return (
-        f"this run is finished: step {step:,} of {run.steps:,}; its files are in {folder.path}\n"
-        f"  longer: --steps {run.steps * 2}    afresh: --resume never (sets this run aside)    elsewhere: --run-dir DIR"
+        f"this run is finished: step {step:,} of {run.last_step:,}; its files are in {folder.path}\n"
+        f"  longer: {how_to_go_on(run)}\n"
+        "  afresh: --resume never (sets this run aside)    elsewhere: --run-dir DIR"
     )
 
 

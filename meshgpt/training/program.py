@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from meshgpt.config import Objective, Run
 from meshgpt.distributed.mesh import spec
@@ -18,6 +19,7 @@ from meshgpt.models import flops
 from meshgpt.models.model import Model, parameter_shapes
 from meshgpt.objectives.loss import Loss
 from meshgpt.optim.config import learning_rate, resting
+from meshgpt.optim.schedules import Extension
 from meshgpt.training.step import Metrics, TrainState, from_params, make_eval_step, make_train_step
 from meshgpt.trees import Tree
 
@@ -47,7 +49,7 @@ class Program:
         Raises:
           UserError: an optimizer or schedule that cannot be, now and not when the step is traced.
         """
-        learning_rate(self.run.optim, self.run.steps)
+        learning_rate_of(self.run)
         self.run.optim.direction()
         self.run.trainable.check(self.model.abstract_params())
         run = self.run
@@ -63,7 +65,9 @@ class Program:
             inspect = (
                 (lambda gradients, step: digests_every(every, jax.tree.leaves(gradients), step)) if every else None
             )
-            step = make_train_step(loss, run.optim, run.steps, dropout, run.precision, rounding, inspect)
+            step = make_train_step(
+                loss, run.optim, run.steps, dropout, run.precision, rounding, inspect, extension(run)
+            )
             return step(state, tokens, weights)
 
         return train_step
@@ -162,6 +166,20 @@ def training_flops(run: Run) -> Flops:
 def flops_per_token(run: Run) -> int:
     """All of `training_flops`: what MFU and a run's total are counted by."""
     return training_flops(run).total
+
+
+def learning_rate_of(run: Run) -> optax.Schedule:
+    """The learning rate of each of the run's steps (0-based).
+
+    Raises:
+      UserError: what extends the run cannot be.
+    """
+    return learning_rate(run.optim, run.steps, extension(run))
+
+
+def extension(run: Run) -> Extension:
+    """What comes after the steps of the run's schedule."""
+    return Extension(run.extend, run.extend_schedule)
 
 
 def drops(run: Run) -> bool:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from meshgpt.models.precision import LossScale, Precision, stochastic_round
 from meshgpt.objectives.loss import Counted, Loss
 from meshgpt.optim.config import Optimizer, learning_rate
+from meshgpt.optim.schedules import Extension
 from meshgpt.trees import Tree
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -61,6 +62,7 @@ def make_train_step(
     precision: Precision = Precision(),
     rounding_key: jax.Array | None = None,
     inspect: Callable[[Tree, jax.Array], jax.Array] | None = None,
+    extension: Extension = Extension(),
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """step(state, tokens (A, M, T + 1), weights (A, M, T)) -> (state, metrics), to be jitted with the state donated.
 
@@ -71,7 +73,7 @@ def make_train_step(
     `learning_rate`, `tokens` (weights summed), `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this
     step).
     """
-    rate = learning_rate(optim, total_steps)
+    rate = learning_rate(optim, total_steps, extension)
     direction = optim.direction()
 
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:

@@ -72,7 +72,7 @@ class Validation:
         return found
 
     def _is_time(self, step: int, every: int) -> bool:
-        return step == self.run.steps or step % every == 0
+        return step == self.run.last_step or step % every == 0
 
     @property
     def _has_others(self) -> bool:
