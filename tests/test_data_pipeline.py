@@ -149,6 +149,25 @@ def test_every_held_out_token_counts_once(splits: dict[str, Split], seq_len: int
     assert np.array_equal(np.concatenate(inputs), np.concatenate([[split.eot_id], everything[:-1]]))
 
 
+@pytest.mark.parametrize(("seq_len", "global_batch"), [(64, 8), (17, 3), (100_000, 2)])
+@pytest.mark.parametrize("order", [("val", "train"), ("train", "val"), ("val", "train", "val")])
+def test_every_held_out_token_of_several_stores_counts_once(
+    splits: dict[str, Split], order: tuple[str, ...], seq_len: int, global_batch: int
+):
+    """Validation of a mixture: end to end, whichever store a sequence begins or ends in."""
+    chosen = tuple(splits[name] for name in order)
+    everything = np.concatenate([split.tokens(0, split.num_tokens) for split in chosen])
+    before = np.concatenate([[chosen[0].eot_id], everything[:-1]])
+    evaluation = EvalBatches(splits=chosen, seq_len=seq_len, global_batch=global_batch)
+    size = seq_len * global_batch
+    assert len(evaluation) == -(-len(everything) // size)
+    for batch in range(len(evaluation)):
+        tokens, weights = evaluation.rows(batch, range(global_batch))
+        here = slice(batch * size, min((batch + 1) * size, len(everything)))
+        assert np.array_equal(tokens[:, 1:][weights == 1.0], everything[here])
+        assert np.array_equal(tokens[:, :-1][weights == 1.0], before[here])
+
+
 def test_text_shorter_than_a_sequence_is_refused(splits: dict[str, Split]):
     val = splits["val"]
     assert len(Sequences(val, val.num_tokens - 1)) == 1

@@ -1,6 +1,8 @@
 """Runs that go on beyond their schedule: what they train at, what is recorded and said; tries that are too short."""
 
+import itertools
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from meshgpt.config import may_change, may_differ
 from meshgpt.errors import UserError
 from meshgpt.optim.config import AdamW, Constant, Cosine, InverseSqrt, Linear, Piece, Piecewise, Schedule, learning_rate
 from meshgpt.optim.schedules import Extension, fitting_warmup
+from meshgpt.training import loop
 
 PEAK = 3e-3
 QUIET = ("--export", "none", "--samples.prompts", "--eval-every", 50)
@@ -124,3 +127,21 @@ def test_what_may_change_on_resume_is_what_is_written_here(here: Here, finished:
     assert not any(may_differ(name) or may_change(name) for name in LOCKED)
     assert top - FREE - ASKED_FOR == {name for name in LOCKED if not name.startswith("data.")}
     assert not any(may_differ(f"data.{name}") for name in run["data"] if f"data.{name}" not in FREE)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_throughput_counts_every_microbatch(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """With a clock that ticks a second at each look: a step of 8 x 32 tokens is 256 tokens/s, however it is cut."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    run = tmp_path / "run"
+    ended = here.train(
+        here.workshop.recipe(tmp_path), "--run-dir", run, "--steps", 4, "--accumulate", accumulate, "--mesh.tensor", 4,
+        *QUIET,
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    rows = [row for row in runs.rows(run) if "tokens_per_second" in row]
+    assert [row["tokens"] for row in rows] == [256, 512, 768, 1024]
+    assert [row["tokens_per_second"] for row in rows[:3]] == [256.0] * 3

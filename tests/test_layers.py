@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.extend as jex
@@ -160,6 +161,26 @@ def test_parameters_start_as_their_initialiser_says_and_lie_as_their_axes_say() 
         assert (np.asarray(p.get_value()) == 0).all()
         assert layers.weight(p, jnp.dtype("bfloat16")).dtype == jnp.bfloat16
         assert jax.typeof(layers.weight(p, F32)).sharding.spec == spec("_ mlp")
+
+
+def test_attention_by_cudnn_is_causal_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent to cuDNN says so: without the mask a GPU would train on the tokens that it is to predict."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda asked: True)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    with jax.set_mesh(tiny.mesh()):
+        heads = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch seq heads _"))
+        x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16, sharding=heads)
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention_kernels.attend_fused("cudnn", q, k, v).astype(jnp.float32).sum()
+
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",))
+    calls = [line for line in gradient.as_text().splitlines() if "__cudnn$fmha" in line]
+    assert [line.split("__cudnn$")[1].split("(")[0] for line in calls] == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    for line in calls:
+        assert re.search(r"mask_type\\22: \\22CAUSAL\\22", line), line
 
 
 def test_cudnn_is_refused_with_the_reason_where_it_cannot_run() -> None:
