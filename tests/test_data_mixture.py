@@ -117,7 +117,7 @@ def test_two_subsets_one_after_another():
     [
         (lambda: Source(store="a", weight=0), r"source 'a': weight 0 must be a positive"),
         (lambda: Source(store="a", weight=-2.0), r"source 'a': weight -2.0"),
-        (lambda: Source(store="a", weight=float("nan")), r"weight nan"),
+        (lambda: Source(store="a", weight=float("nan")), r"weight=nan"),
         (lambda: Source(store="a", tokens=-1), r"source 'a': tokens -1"),
         (lambda: Source(store="a", tokens=5, weight=2.0), r"both a weight \(2.0\) and tokens \(5\)"),
         (lambda: Source(store="a", max_epochs=-1), r"max_epochs -1"),

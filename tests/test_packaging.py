@@ -83,6 +83,8 @@ def test_ci_runs_the_readmes_own_command_and_the_workflow_runs_ci():
     script = (ROOT / ".ci" / "run").read_text()
     assert TEST_COMMAND in script
     assert "pre-commit run --all-files" in script
+    assert "mkdocs build --strict" in script
+    assert "python3.13" in script
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
     assert "run: bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 

@@ -1,6 +1,6 @@
-"""Pages that mkdocs-gen-files writes at build time: the repository's own Markdown, the configuration, and the API.
+"""Writes pages while mkdocs builds: the repository's own Markdown, the configuration, the commands, and the API.
 
-The package is walked, so that a module that is added, moved or renamed needs no change here.
+Package, dataclasses and verbs are walked, so that one that is added, moved or renamed needs no change here.
 """
 
 import dataclasses
@@ -9,14 +9,18 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import griffe
 import mkdocs_gen_files
+import tyro
 
+from meshgpt.cli import verbs
 from meshgpt.config import Run
+from meshgpt.distributed import processes
+from meshgpt.flags import field_help
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = griffe.load("meshgpt", search_paths=[ROOT])
@@ -63,7 +67,14 @@ def default_of(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "required"
-    return f"`{type(value).__name__}()`" if dataclasses.is_dataclass(value) else f"`{value!r}`"
+    if dataclasses.is_dataclass(value):
+        return f"`{type(value).__name__}()`"
+    return code(f"'{value}'" if isinstance(value, Path) else repr(value))
+
+
+def code(text: str) -> str:
+    """Code in a cell of a table, where a bar must not end the cell."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
 
 
 def cell(text: str) -> str:
@@ -73,31 +84,84 @@ def cell(text: str) -> str:
     return "`".join(parts)
 
 
-def described(cls: type) -> str:
-    """A section of the configuration reference: one dataclass, a row a field."""
-    declared = PACKAGE[f"{cls.__module__}.{cls.__qualname__}".removeprefix("meshgpt.")]
-    hints = typing.get_type_hints(cls)
-    lines = [f"## {cls.__name__}", "", inspect.getdoc(cls) or "", ""]
-    lines += ["| field | type | default | what it is |", "|---|---|---|---|"]
+def as_field(name: str, positional: bool) -> str:
+    del positional
+    return name
+
+
+def as_flag(name: str, positional: bool) -> str:
+    return name.upper() if positional else f"--{name.replace('_', '-')}"
+
+
+def fields_table(cls: type, called: Callable[[str, bool], str] = as_field) -> list[str]:
+    """A table of a dataclass's fields, with the docstrings below them; `called` gives a field's name there."""
+    hints, texts = typing.get_type_hints(cls), field_help(cls)
+    marked = typing.get_type_hints(cls, include_extras=True)
+    lines = ["| name | type | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
-        member = declared.all_members.get(field.name)
-        text = member.docstring.value if member is not None and member.docstring else ""
-        kind = spelled(hints[field.name])
-        lines.append(f"| `{field.name}` | `{kind}` | {default_of(field)} | {cell(text)} |")
-    return "\n".join([*lines, ""])
+        positional = tyro.conf.Positional in getattr(marked[field.name], "__metadata__", ())
+        name, kind = called(field.name, positional), code(spelled(hints[field.name]))
+        lines.append(f"| `{name}` | {kind} | {default_of(field)} | {cell(texts[field.name])} |")
+    return [*lines, ""]
+
+
+def described(cls: type) -> str:
+    """A section of the configuration reference: one dataclass."""
+    return "\n".join([f"## {cls.__name__}", "", inspect.getdoc(cls) or "", "", *fields_table(cls)])
+
+
+def reachable(roots: Sequence[type]) -> list[type]:
+    """`roots` and every dataclass that a field of them may hold, and so on."""
+    found = list(roots)
+    for cls in found:
+        for hint in typing.get_type_hints(cls).values():
+            found += [part for part in dataclasses_of(hint) if part not in found]
+    return list(dict.fromkeys(found))
 
 
 def configuration() -> str:
     """Every dataclass that a `Run` may hold, the run itself first."""
-    found = [Run]
-    for cls in found:
-        for hint in typing.get_type_hints(cls).values():
-            found += [part for part in dataclasses_of(hint) if part not in found]
     opening = """# Configuration
 
 A recipe returns a `Run`. Every field is also a flag: the field `peak_lr` of `optim` is `--optim.peak-lr`.
 """
-    return "\n".join([opening, *(described(cls) for cls in dict.fromkeys(found))])
+    return "\n".join([opening, *(described(cls) for cls in reachable([Run]))])
+
+
+COMMANDS = """# Commands
+
+Flags and positional words may stand in any order. Where a type is named that has a section below or in
+[Configuration](configuration.md), its fields are flags too: the field `data` of `mesh` is `--mesh.data`. A verb that
+takes a recipe takes the recipe's flags besides its own.
+"""
+SEVERAL = """## Several processes
+
+`meshgpt train` and `meshgpt eval` take these too.
+
+| flag | what it is |
+|---|---|"""
+
+
+def command(name: str, verb: verbs.Verb) -> list[str]:
+    """A section of the reference of commands: one verb with its flags."""
+    lines = [f"## {name}", "", f"`{name}` {html.escape(verb.summary, quote=False)}", ""]
+    if not verb.settings:
+        return lines
+    cls = verbs.named(verb.settings)
+    if cls is Run:
+        return [*lines, "The flags are the fields of the run: see [Configuration](configuration.md).", ""]
+    return [*lines, inspect.getdoc(cls) or "", "", *fields_table(cls, as_flag)]
+
+
+def commands() -> str:
+    """Every verb with its flags."""
+    tables = {"meshgpt": verbs.VERBS, "meshgpt plan": verbs.PLANS, "meshgpt data": verbs.DATA}
+    found = {f"{program} {name}": verb for program, table in tables.items() for name, verb in table.items()}
+    lines = [COMMANDS, *(line for name, verb in found.items() for line in command(name, verb)), SEVERAL]
+    lines += [f"| `{as_flag(name, False)}` | {cell(text)} |" for name, text in processes.FLAGS.items()]
+    roots = [verbs.named(verb.settings) for verb in found.values() if verb.settings]
+    beside = [cls for cls in reachable(roots) if cls not in roots and cls not in reachable([Run])]
+    return "\n".join([*lines, "", *(described(cls) for cls in beside)])
 
 
 def modules(module: griffe.Module) -> Iterator[griffe.Module]:
@@ -127,4 +191,5 @@ for source, target in {
 }.items():
     write(target, repository_page(source))
 write("configuration.md", configuration())
+write("commands.md", commands())
 api()
