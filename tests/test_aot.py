@@ -29,11 +29,10 @@ GPTJ_20B = GPTJConfig(n_layers=44, d_model=6144, n_heads=64, rotary_dim=24, voca
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> Iterator[None]:
     """The compiler, hurrying: peaks are within a few percent of those at full effort."""
-    before = jax.config.jax_exec_time_optimization_effort
     aot.quiet_compiler()
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    aot.set_effort(low=True)
     yield
-    jax.config.update("jax_exec_time_optimization_effort", before)
+    aot.set_effort(low=False)
 
 
 def gptj(**changes: object) -> Run:
