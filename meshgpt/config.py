@@ -11,6 +11,7 @@ from meshgpt.data.mixture import LONGEST, Stage, check_stages
 from meshgpt.data.prepare import Prepare
 from meshgpt.distributed.mesh import MeshShape
 from meshgpt.errors import UserError
+from meshgpt.flags import OTHER_NAMES
 from meshgpt.models.layers import Execution, check_documents
 from meshgpt.models.model import GPT2Config, GPTJConfig
 from meshgpt.models.precision import Precision
@@ -28,15 +29,17 @@ class Data:
     """Where the tokens come from."""
 
     store: str = ""
-    """A folder made by `meshgpt prepare`. Where it is empty, `prepare` says what to make first."""
+    """Folder of a token store made by `meshgpt prepare`; when it is empty, `prepare` says what to make first."""
     prepare: Prepare | None = None
-    """What to make; its `out` may be empty, and is then `data` in the run's folder."""
+    """What to prepare before training; its `out` may be empty and is then `data` in the run's folder."""
     mixture: tuple[Stage, ...] = ()
-    """Several stores, by weight or token budget, one stage after another; takes the place of `store` and `prepare`."""
+    """Stages that draw from several stores, by weight or by token budget, one stage after another; takes the place of
+    `store` and `prepare`."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"
-    """All documents end to end, cut every seq_len tokens; or whole documents side by side (`meshgpt data pack`)."""
+    """How documents fill sequences: `concatenate` joins them end to end and cuts every seq_len tokens, `best_fit`
+    places whole documents side by side (after `meshgpt data pack`)."""
     mask_documents: bool = False
-    """Attention and positions stop at the ends of documents; proved by gradient on the run's first batch."""
+    """Stop attention and positions at the ends of documents; this is proved by gradient on the run's first batch."""
 
     def __post_init__(self) -> None:
         if self.mixture and (self.store or self.prepare):
@@ -49,21 +52,22 @@ class Evals:
     """What is measured on the way besides the run's own held-out text (docs/evaluation.md)."""
 
     every: int = 0
-    """Steps between these; 0 takes eval_every. The last step is always measured."""
+    """Steps between these evaluations; 0 takes eval_every. The last step is always measured."""
     stores: tuple[str, ...] = ()
-    """NAME=FOLDER of token stores: their held-out text, or all of it where none is held out. In nats a token."""
+    """Token stores to measure, each as NAME=FOLDER: their held-out text, or all of it where none is held out, in nats a
+    token."""
     choices: tuple[str, ...] = ()
-    """Files in HellaSwag's form (JSON lines with ctx, endings, label)."""
+    """Multiple-choice files in HellaSwag's form (JSON lines with ctx, endings, label)."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of the lm-evaluation-harness, such as hellaswag."""
     tasks_path: str = ""
-    """A folder with tasks of your own (.yaml); they may run Python."""
+    """Folder with tasks of your own (.yaml files, which may run Python)."""
     num_fewshot: int | None = None
-    """Solved examples before each question of a task; by default what the task says, or none."""
+    """Number of solved examples before each question of a task; None takes what the task says."""
     limit: int = 0
-    """Only the first so many questions of each file and task; 0 takes all."""
-    max_gen_toks: int = 0
-    """Most tokens of a generated answer; 0 is what the task says."""
+    """Number of questions taken from each file and task, for a quick try; 0 takes all."""
+    max_gen_toks: int = dataclasses.field(default=0, metadata={OTHER_NAMES: ("max_new_tokens", "max_tokens")})
+    """Largest number of tokens in a generated answer; 0 takes what the task says."""
 
     def __post_init__(self) -> None:
         for name in ("every", "limit", "num_fewshot", "max_gen_toks"):
@@ -88,10 +92,13 @@ class Samples:
     """Texts written at the end of a run, to `samples.txt` and the console."""
 
     prompts: tuple[str, ...] = ("",)
-    """What to go on from, one text each; an empty one starts a new text. None at all: write no samples."""
-    max_new_tokens: int = 100
+    """Texts to continue; an empty one starts a new text, and no prompt at all writes no samples."""
+    max_new_tokens: int = dataclasses.field(default=100, metadata={OTHER_NAMES: ("max_tokens",)})
+    """Largest number of tokens generated for each prompt."""
     temperature: float = 0.8
+    """Divisor of the logits before sampling; 0 takes the likeliest token."""
     top_p: float = 0.95
+    """Sample from the fewest tokens whose probabilities sum to at least this; 1 samples from all."""
 
 
 @settings()
@@ -99,56 +106,69 @@ class Run:
     """A training run."""
 
     model: GPT2Config | GPTJConfig
+    """The model's family and sizes."""
     data: Data
+    """Where the tokens come from."""
     steps: int
-    """Optimizer steps that the learning-rate schedule is made for: all of the run's, but for those of `extend`."""
+    """Number of optimizer steps that the learning-rate schedule is made for."""
     extend: int = 0
-    """Steps after `steps`, with which a finished run goes on; `extend_schedule` says at which learning rate."""
+    """Number of further steps for which a finished run goes on after `steps`; `extend_schedule` sets their rate."""
     extend_schedule: Literal["constant", "rewarmed"] = "constant"
-    """Of the steps of `extend`: constant stays at the rate that the schedule ended with; rewarmed rises to the peak in
-    a tenth of them and decays over the others as the schedule did."""
+    """Learning rate of the steps of `extend`: constant stays at the rate that the schedule ended with; rewarmed rises to
+    the peak in a tenth of them and decays over the others as the schedule did."""
     global_batch: int
-    """Sequences in a step, over all devices and accumulated microbatches."""
+    """Number of sequences in a step, over all devices and accumulated microbatches."""
     seq_len: int = 0
-    """Tokens of a sequence; 0 takes the model's n_positions."""
+    """Number of tokens in a sequence; 0 takes the model's n_positions."""
     accumulate: int = 1
-    """Microbatches that a step is cut into."""
+    """Number of microbatches that each step's batch is cut into, one after another."""
     seed: int = 0
-    """Of the parameters, the order of the text, dropout and the samples."""
+    """Seed of the parameters, the order of the text, dropout and the samples."""
     init: str = ""
-    """Start from these weights: a Hugging Face folder or hub id, Mesh-Transformer-JAX's, or an imported folder."""
+    """Weights to start from: a Hugging Face folder or hub id, a checkpoint of Mesh-Transformer-JAX, or an imported
+    folder; when it is empty, parameters are drawn at random."""
     trainable: Trainable = Full()
-    """All parameters; or the last layers, or low-rank adapters, of the weights of `init`."""
+    """What is trained: all parameters, the last layers, or low-rank adapters beside the weights of `init`."""
     optim: Optimizer = AdamW()
+    """The optimizer, its learning rate and its schedule."""
     objective: Objective = NextToken()
+    """What is minimised: the next-token loss, or the loss of distillation."""
     precision: Precision = Precision()
+    """The dtypes of parameters and of computation."""
     execution: Execution = Execution()
+    """How the layers run on a device."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
     eval_every: int = 250
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
-    """At most so many global batches an evaluation; 0 takes the whole held-out text."""
+    """Largest number of global batches in an evaluation; 0 takes the whole held-out text."""
     evals: Evals = Evals()
+    """What is measured on the way besides the run's own held-out text."""
     log_every: int = 10
     """Steps between lines of metrics."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go besides the console and metrics.jsonl: `tensorboard/` in the run's folder, Weights & Biases."""
+    """Where metrics go besides the console and metrics.jsonl: `tensorboard` writes to tensorboard/ in the run's folder,
+    `wandb` sends to Weights & Biases."""
     max_bad_steps: int = 20
-    """Stop after so many steps in a row whose loss, gradient, learning rate or updated parameters are not finite."""
+    """Stop after this many steps in a row whose loss, gradient, learning rate or updated parameters are not finite."""
     check_replicas_every: int = 0
-    """Compare the replicas of parameters, optimizer state and gradients, bit for bit, after every so many steps, and
-    the state before each save: a device that computes wrongly is named before a checkpoint is spoiled. 0 does not."""
+    """Steps between bit-for-bit comparisons of the replicas of parameters, optimizer state and gradients, made before
+    each save too, which name a device that computes wrongly before a checkpoint is spoiled; 0 makes none."""
     checkpointing: Checkpointing = Checkpointing()
+    """When checkpoints are saved and which are kept."""
     samples: Samples = Samples()
+    """Texts that the trained model writes at the end."""
     export: Literal["none", "float32", "bfloat16", "float16"] = "float32"
-    """Write a Hugging Face folder at the end, in this dtype."""
+    """Dtype of the Hugging Face folder that is written at the end; `none` writes no folder."""
     run_dir: str = ""
-    """The run's folder; empty takes runs/<recipe>."""
+    """The run's folder; when it is empty, runs/<recipe>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Go on where the folder's run stopped, if there is one; never (an earlier run is set aside); or fail without."""
+    """What to do with a run that is already in the folder: `auto` goes on with it if there is one, `must` fails if
+    there is none, `never` sets it aside and starts again."""
     resume_with_changes: bool = False
     """Go on with another optimizer, schedule, precision or batch size than before; docs/memory.md says what becomes of
-    the optimizer's state and of the data's order. Only what the run was not told before has to be told so."""
+    the optimizer's state and of the data's order. It needs giving only when the change is made."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "accumulate", "eval_every", "log_every", "max_bad_steps"):

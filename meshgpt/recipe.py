@@ -1,15 +1,19 @@
 """Recipes: Python files with `def config() -> Run`, or other functions, every field of which is also a flag."""
 
-import argparse
 import dataclasses
 import importlib.util
+import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from meshgpt import flags
 from meshgpt.config import Run
 from meshgpt.errors import UserError
 from meshgpt.smoke import smoke
+
+_T = TypeVar("_T")
 
 
 def load(path: Path, name: str = "config", small: bool = False) -> Run:
@@ -49,25 +53,40 @@ def _place(error: Exception, path: Path) -> str:
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
-def take_flags(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], usage: str
-) -> tuple[argparse.Namespace, list[str]]:
-    """(a verb's own flags, the recipe and its flags) of what stands behind the verb; `parser` must not exit on errors.
+def take(cls: type[_T], arguments: Sequence[str], program: str) -> tuple[_T, list[str]]:
+    """(a verb's own settings, the recipe and its flags) of what stands behind the verb, in any order.
+
+    Ends the program on --help where no recipe is named, and on a mistake.
+    """
+    own, rest = flags.split(cls, arguments)
+    if not arguments or rest[:1] in (["-h"], ["--help"]):
+        own = ["--help"]
+    return flags.parse(cls, own, f"{program} RECIPE"), recipe_first(rest)
+
+
+def recipe_first(words: Sequence[str]) -> list[str]:
+    """`words` with the recipe before its flags: it is the first of them, or else the only one that ends as recipes do.
 
     Raises:
-      UserError: the mistake, and the usage.
+      UserError: several could be the recipe.
     """
-    try:
-        return parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}\n{usage}") from error
+    if not words or not words[0].startswith("-"):
+        return list(words)
+    places = [index for index, word in enumerate(words) if re.fullmatch(r"[^-].*\.py(:\w+)?", word)]
+    if len(places) > 1:
+        raise UserError(
+            f"which is the recipe, {' or '.join(words[index] for index in places)}? Put it before the flags"
+        )
+    return [*(words[index] for index in places), *(word for index, word in enumerate(words) if index not in places)]
 
 
-def parse(arguments: Sequence[str], program: str) -> Run:
+def parse(arguments: Sequence[str], program: str, more_help: str = "") -> Run:
     """`RECIPE[:FUNCTION] [--smoke] [--flags]` to a Run.
 
-    Unknown flags and wrong types end the program with exit code 2 and a suggestion.
+    Unknown flags and wrong types end the program with exit code 2 and a suggestion. `more_help`: what --help says
+    besides.
     """
+    arguments = recipe_first(arguments)
     if not arguments or arguments[0].startswith("-"):
         helps = bool(arguments) and arguments[0] in ("-h", "--help")
         text = f"""usage: {program} RECIPE[:FUNCTION] [--smoke] [flags]
@@ -76,20 +95,12 @@ RECIPE is a Python file such as configs/quickstart.py, whose function config(), 
 `{program} RECIPE --help` lists its flags. --smoke takes the recipe at a size that a CPU trains in a minute, on text
 that every machine has."""
         if helps:
-            print(text)
+            print("\n\n".join(filter(None, [text, more_help])))
             raise SystemExit(0)
         raise UserError(f"which recipe?\n{text}")
-    import tyro
-
     path, colon, name = arguments[0].rpartition(":")
     if not colon:
         path, name = arguments[0], "config"
-    flags = [flag for flag in arguments[1:] if flag != "--smoke"]
+    words = [word for word in arguments[1:] if word != "--smoke"]
     default = load(Path(path), name, small="--smoke" in arguments)
-    return tyro.cli(
-        Run,
-        prog=f"{program} {arguments[0]}",
-        default=default,
-        args=flags,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return flags.parse(Run, words, f"{program} {arguments[0]}", default=default, more=more_help)

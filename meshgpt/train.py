@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m meshg
 
     def command() -> None:
         flags, rest = processes.take_flags(arguments)
-        run = recipe.parse(rest, program)
+        run = recipe.parse(rest, program, processes.HELP)
         runtime.start()
         runtime.keep_freed_memory()
         with processes.joined(processes.placement(flags), print_line):
@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m meshg
             train(run, f"{program} {shlex.join(rest)}")
 
     return processes.leave(exit_code(command))
+
+
+def verb(arguments: Sequence[str]) -> int:
+    """meshgpt train RECIPE; gives the exit code."""
+    return main(arguments, "meshgpt train")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,6 +31,12 @@ def _no_mesh_stays_set() -> Iterator[None]:
     """A mesh that a test sets and leaves set must not reach the next one."""
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ())):
         yield
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    """PyTorch, for tests that compare with it; they are skipped where it is not installed (.ci/run on Python 3.13)."""
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture

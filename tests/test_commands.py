@@ -98,7 +98,7 @@ def test_generates_mistakes_end_in_one_message(here: Here, finished: Path, tmp_p
     here.cli("generate", finished, "--temperature", -1).refused("temperature", "-1")
     here.cli("generate", finished, "--step", 3).refused("--step 3", "[15, 20]")
     here.cli("generate", finished, "--promt", "a").refused("--promt", "--prompt")
-    here.cli("generate").refused("PATH")
+    here.cli("generate").refused("SOURCE is missing")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

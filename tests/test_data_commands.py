@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from meshgpt.cli.data import data as command
+from meshgpt.cli.verbs import data as command
 from meshgpt.config import Data, Run
 from meshgpt.data.mixture import Source, Stage
 from meshgpt.data.packing import pack

@@ -416,7 +416,7 @@ def test_a_full_disk_is_reported(config: Prepare, monkeypatch: pytest.MonkeyPatc
         ({"tokenizer": None, "train_tokenizer": "bpe"}, "needs --vocab-size"),
         ({"vocab_size": 300}, "--vocab-size 300 goes with"),
         ({"val_fraction": 1.0}, "val_fraction 1.0"),
-        ({"val_fraction": float("nan")}, "val_fraction nan"),
+        ({"val_fraction": float("nan")}, "val_fraction=nan"),
         ({"workers": -1}, "workers -1"),
         ({"shard_tokens": 0}, "shard_tokens 0"),
         ({"sources": ()}, "no source"),

@@ -134,7 +134,7 @@ def test_generated_answers_are_those_of_the_hf_backend(folders: dict[str, Path])
     ("settings", "message"),
     [
         ({"until": [], "num_beams": 4}, "generation with num_beams=4, which meshgpt does not do"),
-        ({"until": []}, "up to 256 generated tokens, and the model's context is 64: give --max-gen-toks 32"),
+        ({"until": []}, "up to 256 generated tokens, and the model's context is 64: give --max-new-tokens 32"),
     ],
 )
 def test_generation_that_cannot_be_is_refused(folders: dict[str, Path], settings: dict, message: str) -> None:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+from types import ModuleType
 
 import jax
 import jax.extend as jex
@@ -12,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 from flax import nnx
 from jax.nn.initializers import normal, zeros
-from transformers.models.gptj import modeling_gptj
 
 from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
@@ -31,7 +30,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 100.0])
-def test_layer_norm_equals_pytorch_in_values_and_gradients(spread: float) -> None:
+def test_layer_norm_equals_pytorch_in_values_and_gradients(torch: ModuleType, spread: float) -> None:
     x, y = (draw(2, 3, 8) + 2) * spread, draw(2, 3, 8, seed=1)
     theirs = torch.nn.LayerNorm(8, eps=1e-5)
     with torch.no_grad():
@@ -64,7 +63,7 @@ def test_layer_norm_of_16_bits_computes_in_32() -> None:
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=2**-7, rtol=2**-7)
 
 
-def test_mlp_is_gelu_new_between_two_matmuls() -> None:
+def test_mlp_is_gelu_new_between_two_matmuls(torch: ModuleType) -> None:
     x = draw(2, 3, 4)
     with jax.set_mesh(tiny.mesh()):
         mlp = layers.MLP(4, 6, normal(1.0), normal(1.0), F32, nnx.Rngs(0))
@@ -79,7 +78,9 @@ def test_mlp_is_gelu_new_between_two_matmuls() -> None:
 
 
 @pytest.mark.parametrize(("head", "dims"), [(8, 8), (8, 4), (6, 2)])
-def test_rotary_embedding_equals_transformers(head: int, dims: int) -> None:
+def test_rotary_embedding_equals_transformers(torch: ModuleType, head: int, dims: int) -> None:
+    from transformers.models.gptj import modeling_gptj
+
     x = draw(2, 5, 3, head)
     positions = np.array([[0, 1, 2, 3, 4], [7, 8, 900, 901, 2000]])
     theirs = modeling_gptj.create_sinusoidal_positions(2048, dims)[torch.from_numpy(positions)]
@@ -107,7 +108,7 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
         assert abs(score(9, 4) - score(4, 9)) > 1e-2
 
 
-def test_attention_equals_pytorch_under_any_mask() -> None:
+def test_attention_equals_pytorch_under_any_mask(torch: ModuleType) -> None:
     q, k, v = draw(2, 3, 2, 4), draw(2, 5, 2, 4, seed=1), draw(2, 5, 2, 4, seed=2)
     mask = np.random.default_rng(0).random((2, 3, 5)) < 0.6
     mask[..., 0] = True

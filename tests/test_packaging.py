@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import yaml
+
 import meshgpt
 
 ROOT = Path(__file__).parent.parent
@@ -64,11 +66,25 @@ def test_versions_agree():
     assert f"## {meshgpt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_type_checkers_find_the_annotations_of_an_installed_package():
+    """PEP 561: without this file in the wheel, mypy and pyright see every name of the package as Any."""
+    assert (ROOT / "meshgpt" / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["meshgpt"]
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == meshgpt.__version__
+    assert citation["license"] == PROJECT["project"]["license"]
+
+
 def test_ci_runs_the_readmes_own_command_and_the_workflow_runs_ci():
     assert TEST_COMMAND in (ROOT / "README.md").read_text()
     script = (ROOT / ".ci" / "run").read_text()
     assert TEST_COMMAND in script
     assert "pre-commit run --all-files" in script
+    assert "mkdocs build --strict" in script
+    assert "python3.13" in script
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=False).returncode == 0
     assert "run: bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 

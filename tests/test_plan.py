@@ -7,7 +7,7 @@ import re
 import fake_run
 import pytest
 
-from meshgpt.cli.plan import plan
+from meshgpt.cli.verbs import plan
 from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.gpt2 import GPT2Config
@@ -73,7 +73,7 @@ def test_a_budget_of_tokens_is_used_up():
         ({}, "give one budget"),
         ({"flops": 1e20, "tokens": 1e9}, "give one budget"),
         ({"flops": -1.0}, "--flops -1.0: give a number above 0"),
-        ({"flops": float("nan")}, "give a number above 0"),
+        ({"flops": float("nan")}, "give a finite number"),
         ({"hours": 8.0}, "of what"),
         ({"flops": 1e20, "utilisation": 1.5}, "--utilisation 1.5"),
         ({"flops": 1e20, "price": -2.0}, "--price -2.0"),
@@ -88,7 +88,7 @@ def test_impossible_budgets_are_refused(fields, message):
 def test_unknown_hardware_and_plans_are_named():
     with pytest.raises(UserError, match="known are V100"):
         describe(Budget(hours=1.0, hardware="8xZ9"))
-    with pytest.raises(UserError, match="no plan 'budgets'"):
+    with pytest.raises(UserError, match="no verb 'plan budgets'"):
         plan(["budgets"])
 
 

@@ -6,7 +6,6 @@ The same by the GPU's compiler, which is too large for CI, is in docs/memory.md.
 import dataclasses
 from pathlib import Path
 
-import jax
 import pytest
 
 from meshgpt import recipe
@@ -24,9 +23,9 @@ LIMIT = 12 << 30
 def quick():
     """Compiling in a third of the time, for peaks within a few percent."""
     aot.quiet_compiler()
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    aot.set_effort(low=True)
     yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    aot.set_effort(low=False)
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from meshgpt import trees
 from meshgpt.models.model import ModelConfig
@@ -72,7 +72,7 @@ def test_accumulation_equals_the_large_batch(mesh: tuple[int, int, int]) -> None
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_with_z_loss_the_loss_is_still_nats_a_token(accumulate: int) -> None:
+def test_with_z_loss_the_loss_is_still_nats_a_token(torch: ModuleType, accumulate: int) -> None:
     """`loss` is PyTorch's cross-entropy, `objective` that and 1e-3 times the squared log of the normaliser."""
     tokens = torch.from_numpy(rows_of(0)).long()
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_with_z_loss_the_loss_is_still_nats_a_token(accumulate: int) -> None:
 
 
 @pytest.mark.parametrize("config", tiny.FAMILIES, ids=tiny.name)
-def test_steps_equal_those_of_pytorch(config: ModelConfig) -> None:
+def test_steps_equal_those_of_pytorch(torch: ModuleType, config: ModelConfig) -> None:
     """Against torch.optim.AdamW with clip_grad_norm_ and the same learning rates: losses, norms, and every tensor."""
     peer = tiny.torch_peer(config)
     decays = [p for p in peer.parameters() if p.ndim > 1]
@@ -168,7 +168,7 @@ def test_gradients_are_clipped_by_their_norm_together_or_not_at_all() -> None:
         assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(mean), rel=1e-6), "before clipping"
 
 
-def test_weights_are_weights_and_tokens_are_counted() -> None:
+def test_weights_are_weights_and_tokens_are_counted(torch: ModuleType) -> None:
     """Twice the weights give the same mean loss and the same step; rows of weight zero do not exist."""
     config = tiny.GPT2
     with jax.set_mesh(tiny.mesh()):

@@ -141,11 +141,11 @@ def test_texts_with_commas_are_no_axes_and_the_best_is_a_recipe_whatever_they_ho
 
 
 def test_successive_halving_spends_about_the_same_on_each_rung():
-    asked = command._parse(["r.py", "--method", "halving", "--eta", "3"])[0]
+    asked = command.Arguments(method="halving", eta=3)
     assert command._rungs(asked, 900, 9) == [(100, 9), (300, 3), (900, 1)]
     assert command._rungs(asked, 900, 10) == [(100, 10), (300, 3), (900, 1)]
     assert command._rungs(asked, 2, 9)[-1] == (2, 1)
-    assert command._rungs(command._parse(["r.py"])[0], 900, 9) == [(None, 9)]
+    assert command._rungs(command.Arguments(), 900, 9) == [(None, 9)]
 
 
 def plan(**changes) -> Plan:

@@ -2,12 +2,11 @@
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from meshgpt import trees
 from meshgpt.convert.hf_names import by_path, stored_tensors, to_stored
@@ -17,6 +16,9 @@ from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import Model, ModelConfig
 from meshgpt.models.precision import Precision
+
+if TYPE_CHECKING:
+    import transformers
 
 VOCAB = 97
 GPT2 = GPT2Config(vocab_size=VOCAB, n_positions=16, n_layers=2, n_heads=8, d_model=16, vocab_multiple=32)
@@ -71,8 +73,12 @@ def batch(rows: np.ndarray, accumulate: int = 1) -> tuple[jax.Array, jax.Array]:
     return jax.device_put(split, spec("_ batch _")), jax.device_put(weights, spec("_ batch _"))
 
 
-def torch_peer(config: ModelConfig, values: dict[str, np.ndarray] | None = None) -> transformers.PreTrainedModel:
+def torch_peer(config: ModelConfig, values: dict[str, np.ndarray] | None = None) -> "transformers.PreTrainedModel":
     """The transformers model with the same weights, in eval mode."""
+    # Only here, so that the tests that compare with nothing else also run where PyTorch is not installed.
+    import torch
+    import transformers
+
     values = numpy_params(config) if values is None else values
     settings = {
         "vocab_size": config.vocab_size,

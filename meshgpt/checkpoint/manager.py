@@ -46,11 +46,12 @@ class Checkpointing:
     """How often checkpoints are saved and which are kept. Steps are optimizer steps."""
 
     every: int = 500
-    """Save after every so many steps."""
+    """Steps between checkpoints."""
     keep: int = 2
-    """Keep this many of the newest checkpoints."""
+    """Number of the newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Keep the checkpoints of steps divisible by this for good; a multiple of `every`."""
+    """Keep the checkpoints of steps divisible by this for good; it must be a multiple of `every`, and None keeps
+    none."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):

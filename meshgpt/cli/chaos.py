@@ -1,6 +1,5 @@
 """`meshgpt chaos RECIPE --kills N --seed S`."""
 
-import argparse
 import collections
 import os
 import shutil
@@ -8,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from meshgpt import recipe, runtime
 from meshgpt.chaos import proof
@@ -21,27 +19,9 @@ from meshgpt.distributed.heartbeat import Silence
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.models.model import check_divisibility
-from meshgpt.settings import json_text
+from meshgpt.settings import json_text, settings
 from meshgpt.training.trackers import duration
 
-USAGE = """usage: meshgpt chaos [--kills N] [--seed S] ... RECIPE [flags of the recipe]
-
-Trains RECIPE twice on a pod of processes on this machine: once undisturbed; and once while random processes are
-killed in steps, saves and start-up, or stopped, the disk is filled, the newest checkpoint damaged, and the storage
-slowed. Then both must have ended alike, and every sequence must have been fed as the run's order says. Exit code 0 if
-they have.
-
-  --kills N       faults (20)
-  --seed S        which, in which order, and to whom (0); their moments are not repeatable to the instant
-  --processes P   of the pod (2)
-  --devices D     virtual CPU devices of each process (1)
-  --elastic       after a death go on with those that remain; the ends are then alike within --tolerance
-  --tolerance T   with --elastic: the largest relative difference of parameters and losses (0.001)
-  --out DIR       an empty or new folder for both runs and chaos.json, the record of all faults (runs/chaos)
-
-Unless the recipe's flags say otherwise it takes 8 steps a fault, saves every 4, logs every one, and neither samples
-nor exports. As root the disturbed run is on a small tmpfs, whose space is taken; otherwise a file size limit stands in.
-"""
 _STEPS_A_FAULT, _SAVE_EVERY = 8, 4
 _PATIENCE = Patience(
     max_restarts=20, silence=Silence(seconds=10.0, start=300.0, busy=60.0), pause=0.1, poll=0.01, grace=60.0
@@ -49,33 +29,46 @@ _PATIENCE = Patience(
 _DISK_BYTES = 256 << 20
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{USAGE}")
+@settings()
+class Arguments:
+    """Trains a recipe twice on a pod of processes on this machine, undisturbed and disturbed, and compares the ends.
 
+    In the disturbed run random processes are killed in steps, saves and start-up, or stopped, the disk is filled, the
+    newest checkpoint damaged, and the storage slowed. Both runs must have ended alike, and every sequence must have
+    been fed as the run's order says; the exit code is 0 if they have.
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags before the recipe, and the rest: the recipe and its flags."""
-    parser = _Parser(prog="meshgpt chaos", add_help=False, allow_abbrev=False)
-    for name, default in (("kills", 20), ("seed", 0), ("processes", 2), ("devices", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("--tolerance", type=float, default=0.001)
-    parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
-    # Flags of ours may stand behind the recipe too: `meshgpt chaos RECIPE --kills 20`.
-    asked, rest = parser.parse_known_args(list(arguments))
-    for name in ("kills", "processes", "devices"):
-        if getattr(asked, name) < 1:
-            raise UserError(f"--{name} {getattr(asked, name)}: give at least 1")
-    if not 0 < asked.tolerance < 1:
-        raise UserError(f"--tolerance {asked.tolerance:g}: give a number between 0 and 1")
-    return asked, rest
+    Unless the recipe's flags say otherwise it takes 8 steps a fault, saves every 4, logs every one, and neither samples
+    nor exports. As root the disturbed run is on a small tmpfs, whose space is taken; otherwise a file size limit stands
+    in. `meshgpt chaos RECIPE --help` lists the flags of the recipe.
+    """
+
+    kills: int = 20
+    """Number of faults."""
+    seed: int = 0
+    """Seed of which faults, in which order, and to whom; their moments are not repeatable to the instant."""
+    processes: int = 2
+    """Number of processes of the pod."""
+    devices: int = 1
+    """Number of virtual CPU devices of each process."""
+    elastic: bool = False
+    """Go on after a death with the processes that remain; the ends are then alike within --tolerance."""
+    tolerance: float = 0.001
+    """Largest relative difference of parameters and losses that --elastic allows, between 0 and 1."""
+    out: Path = Path("runs/chaos")
+    """Empty or new folder for both runs and chaos.json, the record of all faults."""
+
+    def __post_init__(self) -> None:
+        for name in ("kills", "processes", "devices"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"--tolerance {self.tolerance:g}: give a number between 0 and 1")
 
 
 class Trial:
     """Both runs of one command, in the folder `out`."""
 
-    def __init__(self, asked: argparse.Namespace, rest: Sequence[str], run: Run) -> None:
+    def __init__(self, asked: Arguments, rest: Sequence[str], run: Run) -> None:
         self._asked, self._rest, self._run = asked, list(rest), run
         self.restarts = 0
         self.faults: list[dict] = []
@@ -134,10 +127,7 @@ class Trial:
 
 def chaos(arguments: Sequence[str]) -> int:
     """meshgpt chaos RECIPE; gives the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    asked, rest = parse(arguments)
+    asked, rest = recipe.take(Arguments, arguments, "meshgpt chaos")
     _check_empty(asked.out)
     run, rest = _settled(asked, rest)
     begun, trial, out = time.monotonic(), Trial(asked, rest, run), asked.out.absolute()
@@ -158,7 +148,7 @@ def chaos(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _settled(asked: argparse.Namespace, rest: list[str]) -> tuple[Run, list[str]]:
+def _settled(asked: Arguments, rest: list[str]) -> tuple[Run, list[str]]:
     """The run as both launches train it, and its arguments."""
     given = recipe.parse(rest, "meshgpt chaos")
     ours = ["--steps", str(_STEPS_A_FAULT * (asked.kills + 2)), "--checkpointing.every", str(_SAVE_EVERY)]

@@ -1,14 +1,11 @@
 """`meshgpt compile RECIPE --topology v3-256`: a recipe proved for a pod before it is rented, or made to fit."""
 
-import argparse
 import dataclasses
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import jax
+from typing import Any, Literal
 
 from meshgpt import recipe
 from meshgpt.config import Run
@@ -19,40 +16,41 @@ from meshgpt.hardware.topologies import Topology
 from meshgpt.models.model import check_divisibility
 from meshgpt.planning import aot
 from meshgpt.planning.aot import Proof, TooLargeError
-from meshgpt.settings import json_text
+from meshgpt.settings import json_text, settings
 from meshgpt.training.memory import MARGIN
 
 _GIB = 1 << 30
-_USAGE = """usage: meshgpt compile RECIPE --topology NAME [--fix] [--tries N] [--effort low|full] [--json] [flags]
 
-NAME: v2-8 to v3-2048, v4-512, v5e-256, v5p-128, v6e-256 as they are rented, v3:8x16 by chips, 2xv5e-256 for two
-slices, h100x8, a100x4 or rtx3060. Flags are those of the recipe. Needs no such device; the compiler is in the extra
-`tpu` (for GPUs: cuda12 or cuda13).
---fix      where it does not fit, or is slow: search mesh, accumulation and remat, and print a ranked table
---tries N  how many of them to compile (6)
---effort   low compiles three times as fast, with peaks within a few percent (full)
---json     the figures for a program"""
+
+@settings()
+class Arguments:
+    """Compiles a recipe's training step for devices that need not be there: memory, collectives, and time of a step.
+
+    The compiler is in the extra `tpu` (for GPUs: cuda12 or cuda13). `meshgpt compile RECIPE --help` lists the flags of
+    the recipe.
+    """
+
+    topology: str
+    """Devices to compile for: v2-8 to v3-2048, v4-512, v5e-256, v5p-128 or v6e-256 as they are rented, v3:8x16 by
+    chips, 2xv5e-256 for two slices, h100x8, a100x4 or rtx3060."""
+    fix: bool = False
+    """Where it does not fit, or is slow, search mesh, accumulation and remat, and print a ranked table."""
+    tries: int = 6
+    """Number of candidates that --fix compiles."""
+    effort: Literal["low", "full"] = "full"
+    """Effort of the compiler: `low` compiles faster (three times with JAX 0.10), with peaks within a few percent."""
+    json: bool = False
+    """Print the figures as JSON, for a program."""
 
 
 def compile_recipe(arguments: Sequence[str]) -> None:
     """meshgpt compile RECIPE --topology NAME"""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--topology")
-    parser.add_argument("--fix", action="store_true")
-    parser.add_argument("--tries", type=int, default=6)
-    parser.add_argument("--effort", choices=("low", "full"), default="full")
-    parser.add_argument("--json", action="store_true")
-    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
-    if not rest or rest[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    if asked.topology is None:
-        raise UserError(f"for which devices? --topology is missing\n{_USAGE}")
+    asked, rest = recipe.take(Arguments, arguments, "meshgpt compile")
     topology = topologies.parse(asked.topology)
     run = recipe.parse(rest, "meshgpt compile")
     aot.quiet_compiler()
     if asked.effort == "low":
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        aot.set_effort(low=True)
     say: Callable[[str], None] = (lambda text: None) if asked.json else print
     if asked.fix:
         results = search(run, topology, asked.tries, say)

@@ -1,12 +1,13 @@
 """`meshgpt data ...`: what a run saw and sees, which documents, and a look at a store."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
+from meshgpt import flags
 from meshgpt.config import Run
 from meshgpt.data import inspect as inspection
 from meshgpt.data.packing import pack as pack_store
@@ -17,7 +18,6 @@ from meshgpt.settings import settings
 from meshgpt.training.data import RunData, open_run
 from meshgpt.training.trackers import progress_bar
 
-_FLAGS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 _DECODED = 1 << 16  # tokens turned into text at a time, when searching
 Place = Annotated[Path, tyro.conf.Positional]
 
@@ -29,8 +29,9 @@ class OrderArguments:
     run: Place
     """A run's folder."""
     from_step: int = 1
+    """First step to show, counted from 1."""
     to_step: int = 0
-    """The last step; 0 is the run's last."""
+    """Last step to show; 0 is the run's last."""
 
 
 @settings()
@@ -40,9 +41,9 @@ class ShowArguments:
     run: Place
     """A run's folder."""
     step: int
-    """From 1, as in the run's metrics."""
+    """Step to show, counted from 1 as in the run's metrics."""
     row: int | None = None
-    """This row alone, from 0."""
+    """Row of the batch to show, counted from 0; None shows all."""
 
 
 @settings()
@@ -50,12 +51,13 @@ class FindArguments:
     """The documents that contain a text, and the steps that see it."""
 
     where: Place
-    """A store, or a run's folder."""
+    """A token store, or a run's folder."""
     text: Annotated[str, tyro.conf.Positional]
+    """Text to look for."""
     run: Path | None = None
-    """Which run's steps to name, where `where` is a store."""
+    """Folder of the run whose steps are named, where `where` is a store; None names no steps."""
     limit: int = 20
-    """Stop after so many documents."""
+    """Number of documents after which the search stops."""
 
 
 @settings()
@@ -63,9 +65,11 @@ class InspectArguments:
     """Documents, tokens, lengths, common tokens and samples of a store, as text and as a picture."""
 
     store: Place
+    """A token store."""
     samples: int = 3
+    """Number of samples of its text to show."""
     png: Path | None = None
-    """The picture; inspect.png in the store's folder if not given."""
+    """File to write the picture to; None takes inspect.png in the store's folder."""
 
 
 @settings()
@@ -73,12 +77,14 @@ class PackArguments:
     """Packs whole documents side by side into sequences, for data.packing 'best_fit'."""
 
     store: Place
+    """A token store."""
     seq_len: int
+    """Number of tokens in a packed sequence."""
 
 
 def order(arguments: Sequence[str]) -> None:
     """meshgpt data order RUN --from-step A --to-step B"""
-    asked = tyro.cli(OrderArguments, prog="meshgpt data order", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(OrderArguments, arguments, "meshgpt data order")
     run, data = open_run(asked.run)
     last = asked.to_step or run.last_step
     if not 1 <= asked.from_step <= last:
@@ -89,7 +95,7 @@ def order(arguments: Sequence[str]) -> None:
 
 def show(arguments: Sequence[str]) -> None:
     """meshgpt data show RUN --step N"""
-    asked = tyro.cli(ShowArguments, prog="meshgpt data show", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(ShowArguments, arguments, "meshgpt data show")
     _, data = open_run(asked.run)
     if asked.step < 1:
         raise UserError(f"--step {asked.step}: steps are counted from 1")
@@ -109,7 +115,7 @@ def show(arguments: Sequence[str]) -> None:
 
 def find(arguments: Sequence[str]) -> None:
     """meshgpt data find STORE TEXT"""
-    asked = tyro.cli(FindArguments, prog="meshgpt data find", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(FindArguments, arguments, "meshgpt data find")
     if not asked.text:
         raise UserError("which text? An empty one is everywhere")
     run_path = asked.where if (asked.where / "run.json").is_file() else asked.run
@@ -134,7 +140,7 @@ def find(arguments: Sequence[str]) -> None:
 
 def inspect(arguments: Sequence[str]) -> None:
     """meshgpt data inspect STORE"""
-    asked = tyro.cli(InspectArguments, prog="meshgpt data inspect", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(InspectArguments, arguments, "meshgpt data inspect")
     store = Store.open(asked.store)
     looks = [inspection.look(store, name, samples=asked.samples) for name in ("train", "val")]
     print(inspection.as_text(store, looks))
@@ -145,33 +151,12 @@ def inspect(arguments: Sequence[str]) -> None:
 
 def pack(arguments: Sequence[str]) -> None:
     """meshgpt data pack STORE --seq-len N"""
-    asked = tyro.cli(PackArguments, prog="meshgpt data pack", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(PackArguments, arguments, "meshgpt data pack")
     done = pack_store(Store.open(asked.store), asked.seq_len)
     print(
         f"{done.records:,} sequences of {asked.seq_len} tokens, {done.padding:.3%} padding, "
         f"{done.cut_documents:,} documents cut that would have fit: train with --data.packing best_fit"
     )
-
-
-VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "order": (order, "RUN --from-step A --to-step B: digests of what each step sees"),
-    "show": (show, "RUN --step N: the text of a step's batch, with its documents"),
-    "find": (find, "STORE|RUN TEXT: documents with a text, and the steps that see it"),
-    "inspect": (inspect, "STORE: documents, tokens, lengths, common tokens, samples"),
-    "pack": (pack, "STORE --seq-len N: whole documents side by side"),
-}
-
-
-def data(arguments: Sequence[str]) -> None:
-    """meshgpt data VERB"""
-    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    usage = "usage: meshgpt data VERB ...\n" + "\n".join(f"  {name:<8} {text}" for name, (_, text) in VERBS.items())
-    if verb in ("-h", "--help"):
-        print(usage)
-    elif verb in VERBS:
-        VERBS[verb][0](rest)
-    else:
-        raise UserError(f"no verb 'data {verb}'\n{usage}")
 
 
 def _documents_in(split: Split, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import meshgpt
+from meshgpt.errors import UserError
 from meshgpt.models.flops import peak_flops
 
 if TYPE_CHECKING:  # `meshgpt --help` must not wait for jax
@@ -44,6 +45,13 @@ _PLUGGED_IN = (
     ("/dev/accel0", "tpu", "a TPU", "pip install 'meshgpt[tpu]'"),
     ("/dev/vfio/0", "tpu", "a TPU", "pip install 'meshgpt[tpu]'"),
 )
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """meshgpt doctor"""
+    if arguments:
+        raise UserError(f"meshgpt doctor takes no arguments, and got {arguments[0]!r}")
+    print(examine())
 
 
 def examine() -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from meshgpt import runtime
+from meshgpt import flags, runtime
 from meshgpt.config import differences
 from meshgpt.distributed import processes
 from meshgpt.distributed.mesh import MeshShape, make_mesh
@@ -40,32 +40,37 @@ class Arguments:
     source: Annotated[Path, tyro.conf.Positional]
     """A run's folder, an imported one, or a Hugging Face folder."""
     tasks: str = ""
-    """Tasks, groups or tags of the harness, separated by commas; `*` and `?` make patterns, such as mmlu_*."""
+    """Tasks, groups or tags of the lm-evaluation-harness, separated by commas; `*` and `?` make patterns, such as
+    mmlu_*."""
     tasks_path: Path | None = None
-    """A folder with tasks of your own (.yaml), which go before the harness's of their names. They may run Python."""
+    """Folder with tasks of your own (.yaml files, which may run Python), which go before the harness's of their
+    names."""
     choices: tuple[Path, ...] = ()
-    """Files in HellaSwag's form (JSON lines with ctx, endings, label), scored without the harness."""
+    """Multiple-choice files in HellaSwag's form (JSON lines with ctx, endings, label), scored without the harness."""
     perplexity: tuple[Path, ...] = ()
-    """Texts to measure: a text file is one document, each line of a .jsonl file is one."""
+    """Texts whose perplexity is measured: a text file is one document, each line of a .jsonl file is one."""
     field: str = "text"
-    """Of --perplexity: the JSON field that holds the text."""
+    """JSON field that holds the text of a line of --perplexity."""
     stride: int = 0
-    """Of --perplexity: tokens by which a window moves on in a long document; 0 is the whole context."""
+    """Number of tokens by which a window of --perplexity moves on in a long document; 0 is the whole context."""
     limit: int | None = None
-    """Only the first so many questions of each task or file, for a try."""
+    """Number of questions taken from each task or file, for a quick try; None takes all."""
     num_fewshot: int | None = None
-    """Solved examples before each question; by default what the task says, or none."""
-    max_gen_toks: int = 0
-    """Most tokens of a generated answer; 0 is what the task says."""
+    """Number of solved examples before each question; None takes what the task says."""
+    max_new_tokens: int = dataclasses.field(default=0, metadata={flags.OTHER_NAMES: ("max_gen_toks", "max_tokens")})
+    """Largest number of tokens in a generated answer; 0 takes what the task says."""
     batch_size: int = 0
-    """Sequences in a batch, over all devices; 0 chooses by their length."""
+    """Number of sequences in a batch, over all devices; 0 chooses by their length."""
     step: int | None = None
-    """Of a run: this checkpoint instead of the newest."""
+    """Step of the checkpoint to take, of a run; None takes the newest."""
     out: Path | None = None
-    """Write the results here instead. What is there already is kept and added to."""
-    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of activations and matmuls; auto is bfloat16 on accelerators and float32 on CPU."""
+    """File that the results are written to, beside what is there already; None takes evals/<step>.json of a run."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(
+        default="auto", metadata={flags.OTHER_NAMES: ("precision.compute",)}
+    )
+    """Dtype of activations and matmuls; `auto` is bfloat16 on accelerators and float32 on CPU."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
 
     def __post_init__(self) -> None:
         if not (self.task_names or self.choices or self.perplexity):
@@ -74,8 +79,8 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and value < (name == "limit"):
                 raise UserError(f"--{name.replace('_', '-')} {value}: give at least {int(name == 'limit')}")
-        if self.max_gen_toks < 0 or self.stride < 0:
-            raise UserError(f"--max-gen-toks {self.max_gen_toks}, --stride {self.stride}: these cannot be negative")
+        if self.max_new_tokens < 0 or self.stride < 0:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}, --stride {self.stride}: these cannot be negative")
         if self.stride and not self.perplexity:
             raise UserError(f"--stride {self.stride} is of --perplexity, which is not given")
 
@@ -88,10 +93,10 @@ def main(arguments: Sequence[str]) -> int:
     """meshgpt eval RUN|FOLDER --tasks NAMES | --choices FILE | --perplexity FILE; gives the exit code."""
 
     def command() -> None:
-        flags, rest = processes.take_flags(arguments)
-        asked = tyro.cli(Arguments, prog="meshgpt eval", args=rest, config=(tyro.conf.AvoidSubcommands,))
+        place, rest = processes.take_flags(arguments)
+        asked = flags.parse(Arguments, rest, "meshgpt eval", more=processes.HELP)
         runtime.start()
-        with processes.joined(processes.placement(flags), print):
+        with processes.joined(processes.placement(place), print):
             processes.check_agreement(json.loads(json.dumps(dataclasses.asdict(asked), default=str)), differences)
             evaluate(asked)
 
@@ -163,7 +168,7 @@ def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Score
         found = results.merged(found, results.of_choices(name, answered))
     if wanted.tasks is not None:
         ran = harness.run(
-            scorer, trained.tokenizer, wanted.tasks, report, limit=asked.limit, max_gen_toks=asked.max_gen_toks
+            scorer, trained.tokenizer, wanted.tasks, report, limit=asked.limit, max_gen_toks=asked.max_new_tokens
         )
         found = results.merged(found, ran)
     return found | {"model_name": str(asked.source)}

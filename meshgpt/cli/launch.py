@@ -1,73 +1,67 @@
 """`meshgpt launch --processes N RECIPE [flags]`: N supervised processes of one run on this machine."""
 
-import argparse
 import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from meshgpt import recipe
 from meshgpt.config import Run
 from meshgpt.distributed.heartbeat import Silence
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
+from meshgpt.flags import OTHER_NAMES
 from meshgpt.models.model import check_divisibility
-
-USAGE = """usage: meshgpt launch [--processes N] [--elastic] [--max-restarts K] ... RECIPE [flags of the recipe]
-
-Trains with N processes on this machine and keeps them going: one that dies or hangs brings all down, and up again from
-the newest intact checkpoint. Ctrl-C or SIGTERM saves on all of them at the same step; a second one kills.
-
-  --processes N      how many (1)
-  --devices D        virtual CPU devices of each process (JAX_NUM_CPU_DEVICES, or 1). Several processes are on the CPU
-                     unless JAX_PLATFORMS says otherwise; of a GPU machine, one drives all GPUs
-  --port P           of the coordinator, on the loopback interface (a free one)
-  --elastic          after a death go on with as many processes as remain and the mesh allows
-  --max-restarts K   in a row without a checkpoint gained, before giving up (5)
-  --hang-seconds S   no sign of life for so long, and for 20 usual steps: the process hangs (30)
-  --start-seconds S  the same before the second step, which has data, checkpoint and compilation before it (3600)
-  --busy-seconds S   the same in a save, an evaluation, or at the end of the run (1800)
-  --grace-seconds S  for saving, after Ctrl-C or SIGTERM (120)
-  --deadline-seconds S
-                     within which all must have come to the coordinator (MESHGPT_DEADLINE, or 300)"""
+from meshgpt.settings import settings
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{USAGE}")
+@settings()
+class Arguments:
+    """Trains with several processes on this machine and keeps them going.
 
+    One that dies or hangs brings all down, and up again from the newest intact checkpoint. Ctrl-C or SIGTERM saves on
+    all of them at the same step; a second one kills. Several processes are on the CPU unless JAX_PLATFORMS says
+    otherwise; of a GPU machine, one drives all GPUs. `meshgpt launch RECIPE --help` lists the flags of the recipe.
+    """
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags before the recipe, and the rest: the recipe and its flags."""
-    parser = _Parser(prog="meshgpt launch", add_help=False, allow_abbrev=False)
-    for name, default in (("processes", 1), ("devices", 0), ("port", 0), ("max-restarts", Patience.max_restarts)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    times = {
-        "hang": Silence.seconds, "start": Silence.start, "busy": Silence.busy, "grace": Patience.grace,
-        "deadline": Patience.deadline,
-    }  # fmt: skip
-    for name, seconds in times.items():
-        parser.add_argument(f"--{name}-seconds", type=float, default=seconds)
-    parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
-    asked = parser.parse_args(list(arguments))
-    if asked.processes < 1:
-        raise UserError(f"--processes {asked.processes}: give at least 1")
-    for name in ("devices", "max_restarts", *(f"{name}_seconds" for name in times)):
-        if not getattr(asked, name) >= 0:  # a NaN neither
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: give a number of 0 or more")
-    if not 0 <= asked.port < 2**16:
-        raise UserError(f"--port {asked.port}: give a port from 1 to 65535, or 0 for a free one")
-    return asked, asked.rest
+    processes: int = 1
+    """Number of processes."""
+    devices: int = 0
+    """Number of virtual CPU devices of each process; 0 takes JAX_NUM_CPU_DEVICES, or 1."""
+    port: int = 0
+    """Port of the coordinator, on the loopback interface; 0 takes a free one."""
+    elastic: bool = False
+    """Go on after a death with as many processes as remain and the mesh allows."""
+    max_restarts: int = Patience.max_restarts
+    """Number of restarts in a row, without a checkpoint gained, after which to give up."""
+    hang_seconds: float = Silence.seconds
+    """Seconds without a sign of life, and at least 20 usual steps, after which a process counts as hung."""
+    start_seconds: float = Silence.start
+    """The same in seconds before the second step, which has data, checkpoint and compilation before it."""
+    busy_seconds: float = Silence.busy
+    """The same in seconds during a save, an evaluation, or at the end of the run."""
+    grace_seconds: float = Patience.grace
+    """Seconds for saving, after Ctrl-C or SIGTERM."""
+    deadline: float = dataclasses.field(default=Patience.deadline, metadata={OTHER_NAMES: ("deadline_seconds",)})
+    """Seconds within which all processes must have come to the coordinator; 0 takes MESHGPT_DEADLINE, or 300."""
 
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise UserError(f"--processes {self.processes}: give at least 1")
+        times = ("hang_seconds", "start_seconds", "busy_seconds", "grace_seconds", "deadline")
+        for name in ("devices", "max_restarts", *times):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number of 0 or more")
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port {self.port}: give a port from 1 to 65535, or 0 for a free one")
 
-def patience(asked: argparse.Namespace) -> Patience:
-    silence = Silence(seconds=asked.hang_seconds, start=asked.start_seconds, busy=asked.busy_seconds)
-    return Patience(
-        max_restarts=asked.max_restarts, silence=silence, grace=asked.grace_seconds, deadline=asked.deadline_seconds
-    )
+    @property
+    def patience(self) -> Patience:
+        silence = Silence(seconds=self.hang_seconds, start=self.start_seconds, busy=self.busy_seconds)
+        return Patience(
+            max_restarts=self.max_restarts, silence=silence, grace=self.grace_seconds, deadline=self.deadline
+        )
 
 
 def fits(run: Run, devices: int) -> bool:
@@ -108,10 +102,7 @@ def command(
 
 def launch(arguments: Sequence[str]) -> int:
     """meshgpt launch RECIPE; gives the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    asked, rest = parse(arguments)
+    asked, rest = recipe.take(Arguments, arguments, "meshgpt launch")
     run = recipe.parse(rest, "meshgpt launch")  # a mistake is told once, and not by every process
     devices = asked.devices or (int(os.environ.get("JAX_NUM_CPU_DEVICES", "1")) if asked.processes > 1 else 0)
     if devices:
@@ -122,7 +113,7 @@ def launch(arguments: Sequence[str]) -> int:
         command(rest, run, asked.processes),
         layout,
         Path(run.run_dir),
-        patience(asked),
+        asked.patience,
         lambda text: print(f"[launch] {text}", file=sys.stderr, flush=True),
         fewer=fewer(run, devices) if asked.elastic else None,
     ).run()

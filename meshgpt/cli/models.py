@@ -1,6 +1,6 @@
 """The verbs that make a token store or read a trained model. Each takes its command-line arguments."""
 
-import itertools
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tyro
 
-from meshgpt import convert, runtime
+from meshgpt import convert, flags, runtime
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
 from meshgpt.distributed.mesh import MeshShape, make_mesh
@@ -24,16 +24,12 @@ from meshgpt.training.load import open_adapters, open_trained
 from meshgpt.training.pretrained import import_model
 from meshgpt.training.trackers import progress_bar
 
-_FLAGS = (tyro.conf.AvoidSubcommands,)
 Source = Annotated[Path, tyro.conf.Positional]
 
 
 def prepare(arguments: Sequence[str]) -> None:
     """meshgpt prepare SOURCE... --out DIR"""
-    sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    named = ["--sources", *sources] if sources else []
-    flags = [*named, *arguments[len(sources) :]]
-    request = tyro.cli(Prepare, prog="meshgpt prepare SOURCE...", args=flags, config=_FLAGS)
+    request = flags.parse(Prepare, arguments, "meshgpt prepare SOURCE...", positional="--sources")
     with progress_bar() as report:
         store = prepare_store(request, report)
     for name in ("train", "val"):
@@ -54,17 +50,20 @@ class GenerateArguments:
     source: Source
     """A run's folder, or a Hugging Face folder."""
     prompt: tuple[str, ...] = ("",)
-    """What to go on from; several are generated together. An empty one starts a new text."""
+    """Texts to continue, all of them together; an empty one starts a new text."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
+    """How new tokens are drawn."""
     precision: Precision = Precision()
+    """The dtypes of parameters and of computation."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
     step: int | None = None
-    """Of a run: this checkpoint instead of the newest."""
+    """Step of the checkpoint to take, of a run; None takes the newest."""
 
 
 def generate(arguments: Sequence[str]) -> None:
     """meshgpt generate SOURCE --prompt TEXT"""
-    asked = tyro.cli(GenerateArguments, prog="meshgpt generate", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(GenerateArguments, arguments, "meshgpt generate")
     runtime.start()
     with jax.set_mesh(make_mesh(asked.mesh)):
         trained = open_trained(asked.source, asked.precision, print, asked.step)
@@ -82,17 +81,19 @@ class ExportArguments:
     source: Source
     """A run's folder, an imported one, or a quantized Hugging Face folder, which is dequantized."""
     out: Path
-    """The folder to write."""
+    """Folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights that are written."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
     step: int | None = None
-    """This checkpoint instead of the newest."""
-    replace: bool = False
+    """Step of the checkpoint to take, of a run; None takes the newest."""
+    overwrite: bool = dataclasses.field(default=False, metadata={flags.OTHER_NAMES: ("replace",)})
     """Replace an earlier export at `out`."""
     merge: bool = False
-    """Of a run with LoRA: base and adapters summed up to one model. This is what is written anyway."""
+    """Write base and adapters of a run with LoRA summed up to one model, which is done anyway."""
     adapter: bool = False
-    """Of a run with LoRA: the adapters alone, as a folder that PEFT loads beside the base."""
+    """Write the adapters of a run with LoRA alone, as a folder that PEFT loads beside the base."""
 
     def __post_init__(self) -> None:
         if self.merge and self.adapter:
@@ -105,7 +106,7 @@ _PROBE_TEXT = "The quick brown fox jumps over the lazy dog.\ndef export(run, out
 
 def export(arguments: Sequence[str]) -> None:
     """meshgpt export RUN --out DIR"""
-    asked = tyro.cli(ExportArguments, prog="meshgpt export", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(ExportArguments, arguments, "meshgpt export")
     runtime.start()
     mesh = make_mesh(asked.mesh)
     if asked.adapter:
@@ -123,7 +124,7 @@ def export(arguments: Sequence[str]) -> None:
             asked.out,
             probe=finish.probe(trained.model, tokens),
             dtype=asked.dtype,
-            replace=asked.replace,
+            replace=asked.overwrite,
             release=True,
             on_progress=lambda done, total: report("writing", done, total),
         )
@@ -134,7 +135,7 @@ def export(arguments: Sequence[str]) -> None:
 def _export_adapter(asked: ExportArguments) -> None:
     found = open_adapters(asked.source, print, asked.step)
     base = found.run.init
-    print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.replace))
+    print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.overwrite))
     print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
 
 
@@ -145,16 +146,18 @@ class ImportArguments:
     source: Annotated[str, tyro.conf.Positional]
     """A Hugging Face folder, a hub id (owner/name), or a step_N folder of Mesh-Transformer-JAX."""
     out: Path
-    """The folder to write; it must not exist."""
+    """Folder to write; it must not exist."""
     surgery: tyro.conf.OmitArgPrefixes[convert.Surgery] = convert.Surgery()
+    """What to change in the model."""
     dtype: Float = "float32"
-    """In which the parameters are kept."""
+    """Dtype that the parameters are kept in."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
 
 
 def import_weights(arguments: Sequence[str]) -> None:
     """meshgpt import SOURCE --out DIR"""
-    asked = tyro.cli(ImportArguments, prog="meshgpt import", args=list(arguments), config=_FLAGS)
+    asked = flags.parse(ImportArguments, arguments, "meshgpt import")
     runtime.start()
     with jax.set_mesh(make_mesh(asked.mesh)):
         import_model(asked.source, asked.out, asked.surgery, asked.dtype, print)

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 import meshgpt
-from meshgpt import convert, runtime
+from meshgpt import convert, flags, runtime
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.distributed.mesh import MeshShape, make_mesh
@@ -49,21 +49,23 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """A run's folder, an imported one, a Hugging Face folder or a hub id (owner/name)."""
     format: Format
-    """nf4, fp4: 4 bits in blocks of 64. int8: rows of 8 bits. gguf-...: a file for llama.cpp (GPT-2 only)."""
+    """What to write: `nf4` and `fp4` take 4 bits a weight in blocks of 64, `int8` rows of 8 bits, and `gguf-q8_0` and
+    `gguf-q4_0` make a file for llama.cpp (GPT-2 only)."""
     out: Path
-    """The folder to write."""
+    """Folder to write."""
     double_quant: bool = False
-    """Of nf4 and fp4: the scales in 8 bits too; 4.1 bits a weight instead of 4.5."""
+    """Keep the scales of nf4 and fp4 in 8 bits too, for 4.1 bits a weight instead of 4.5."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of what is not quantized, and what transformers computes in. Not of GGUF."""
+    """Dtype of what is not quantized, and what transformers computes in; GGUF has none."""
     eval_text: tuple[Path, ...] = ()
-    """Texts (.txt, or .jsonl with a field text) whose perplexity is measured before and after. Of a run, by default,
-    the first 100,000 tokens of its own held-out text."""
+    """Texts (.txt, or .jsonl with a field `text`) whose perplexity is measured before and after; of a run, none given
+    takes the first 100,000 tokens of its own held-out text."""
     eval_choices: tuple[Path, ...] = ()
-    """Multiple-choice files in HellaSwag's form: accuracy before and after."""
+    """Multiple-choice files in HellaSwag's form, whose accuracy is measured before and after."""
     step: int | None = None
-    """Of a run: this checkpoint instead of the newest."""
+    """Step of the checkpoint to take, of a run; None takes the newest."""
     mesh: MeshShape = MeshShape()
+    """How devices are arranged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Opened:
 
 def quantize(arguments: Sequence[str]) -> None:
     """meshgpt quantize RUN|FOLDER --format nf4 --out DIR"""
-    asked = tyro.cli(Arguments, prog="meshgpt quantize", args=list(arguments), config=(tyro.conf.AvoidSubcommands,))
+    asked = flags.parse(Arguments, arguments, "meshgpt quantize")
     form = _form(asked)
     texts = {files.stem(path): files.read_texts(path, "text") for path in asked.eval_text}
     questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.eval_choices}

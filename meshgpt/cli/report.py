@@ -9,6 +9,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from meshgpt import flags
 from meshgpt.errors import UserError
 from meshgpt.report.card import CardOptions
 from meshgpt.report.serve import Server
@@ -21,19 +22,20 @@ class Arguments:
     """A run's model card, plots and page; of several runs, their comparison. The runs may be in progress."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs."""
+    """Folders of the runs to report on."""
     out: Path | None = None
-    """Where to write; by default `report` in the run's folder, or `comparison` beside the first of several."""
+    """Folder to write; None takes `report` in the run's folder, or `comparison` beside the first of several."""
     card: Annotated[CardOptions, tyro.conf.arg(name="")] = CardOptions()
+    """What a run's folder cannot know."""
     serve: bool = False
     """Show the page on this machine and refresh it while the runs train, instead of writing files."""
     port: int = 8420
-    """Of --serve; 0 takes a free one."""
+    """Port that --serve listens on; 0 takes a free one."""
 
 
 def report(arguments: Sequence[str]) -> None:
     """meshgpt report RUN... [--serve]"""
-    asked = tyro.cli(Arguments, prog="meshgpt report", args=list(arguments))
+    asked = flags.parse(Arguments, arguments, "meshgpt report")
     if not asked.runs:
         raise UserError("which run? give the folder of one, or of several to compare: meshgpt report runs/quickstart")
     jax.config.update("jax_platforms", "cpu")  # an accelerator here belongs to the run that is being looked at

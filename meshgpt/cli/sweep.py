@@ -1,49 +1,77 @@
 """`meshgpt sweep RECIPE --flag VALUES ...`."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from meshgpt import recipe
 from meshgpt.config import Run
 from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.errors import UserError
+from meshgpt.settings import settings
 from meshgpt.sweep.outcome import conclude
 from meshgpt.sweep.runner import run_all
 from meshgpt.sweep.space import Axis, Point, at_random, grid, split
 from meshgpt.sweep.trials import Plan, Sweep, Trial
 from meshgpt.training.trackers import progress_bar
 
-_USAGE = """usage: meshgpt sweep RECIPE --FLAG VALUES [--FLAG VALUES ...] [options] [flags of the recipe]
 
-VALUES are 1e-4:1e-2:log:5 (five on a logarithmic scale), 0:0.2:lin:3, or 32,64,128. Every other flag of the recipe
-stays as given, and so does a text with spaces. The same command goes on where it stopped; each trial is a run of its
-own in the sweep's folder.
---method grid       every combination (the default)
---method random     --trials N of them, drawn from the ranges
---method halving    successive halving (Jamieson and Talwalkar 2016): all of the grid, or --trials N at random, for
-                    steps / ETA^r, then the best 1 / ETA of them for ETA times as long, and so on; --eta 3
---trials N          how many to draw
---seed-of-draw N    another draw (0)
---metric NAME       what decides, the last value in metrics.jsonl (val_loss); --maximize: the higher the better
---out DIR           the sweep's folder (runs/sweep-RECIPE)
---hosts A,B         one trial at a time on each, by --command
---command TEMPLATE  a line of bash for each trial, with {host} and {command} in it, such as
-                    "ssh {host} 'cd /shared/meshgpt && {command}'": the sweep's folder has to be shared
---dry-run           print the trials"""
+@settings()
+class Arguments:
+    """Trains a recipe with each of several values of its flags, here or one trial at a time on each of several hosts.
+
+    For example: meshgpt sweep RECIPE --optim.peak-lr 1e-4:1e-2:log:5 --global-batch 32,64
+
+    A flag of the recipe is swept where it is given several values: 1e-4:1e-2:log:5 (five on a logarithmic scale),
+    0:0.2:lin:3, or 32,64,128. Every other flag of the recipe stays as given, and so does a text with spaces. The same
+    command goes on where it stopped; each trial is a run of its own in the sweep's folder.
+    """
+
+    method: Literal["grid", "random", "halving"] = "grid"
+    """Which trials are made: `grid` makes every combination, `random` as many as --trials, drawn from the ranges, and
+    `halving` is successive halving (Jamieson and Talwalkar 2016): all of the grid, or --trials at random, for
+    steps / ETA^r, then the best 1 / ETA of them for ETA times as long, and so on."""
+    trials: int = 0
+    """Number of trials that are drawn at random; 0 makes the grid."""
+    eta: int = 3
+    """Factor by which --method halving takes fewer trials and trains longer, at least 2."""
+    seed_of_draw: int = 0
+    """Seed of the draw of the trials."""
+    metric: str = "val_loss"
+    """Figure of metrics.jsonl whose last value decides; the lower the better."""
+    maximize: bool = False
+    """Take the trial with the highest metric instead."""
+    out: str = ""
+    """Folder of the sweep; when it is empty, runs/sweep-RECIPE."""
+    hosts: str = ""
+    """Hosts that train one trial at a time each, by --command, separated by commas."""
+    command: str = ""
+    """Line of bash that starts a trial on a host, with {host} and {command} in it, such as
+    "ssh {host} 'cd /shared/meshgpt && {command}'"; the sweep's folder has to be shared."""
+    dry_run: bool = False
+    """Print the trials and train none."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 0 or (self.method == "random" and not self.trials):
+            raise UserError("--method random: how many? give --trials N, at least 1")
+        if self.trials and self.method == "grid":
+            raise UserError("--trials is for --method random or halving; a grid has as many as its values make")
+        if self.eta < 2:
+            raise UserError(f"--eta {self.eta}: give at least 2")
+        if bool(self.hosts) != bool(self.command):
+            raise UserError("--hosts and --command go together: which hosts, and the line that starts a trial on one")
+        if self.command and "{command}" not in self.command:
+            raise UserError(f"--command {self.command!r} has no {{command}} in it, and would train nothing")
 
 
 def sweep(arguments: Sequence[str]) -> None:
     """meshgpt sweep RECIPE --flag VALUES"""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
-    asked, rest = _parse(arguments)
+    asked, rest = recipe.take(Arguments, arguments, "meshgpt sweep")
     axes, fixed = split(rest[1:])
     if not axes:
-        raise UserError(f"nothing to sweep: give a flag several values, as --optim.peak-lr 1e-4:1e-2:log:5\n{_USAGE}")
+        raise UserError("nothing to sweep: give a flag several values, as --optim.peak-lr 1e-4:1e-2:log:5")
     points = _points(asked, axes)
     run = _checked(rest[0], fixed, points)
     folder = Path(asked.out or f"runs/sweep-{Path(rest[0].partition(':')[0]).stem}")
@@ -75,34 +103,6 @@ def sweep(arguments: Sequence[str]) -> None:
         raise UserError(f"every trial failed: the logs are in {going.folder}")
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--method", choices=("grid", "random", "halving"), default="grid")
-    parser.add_argument("--trials", type=int, default=0)
-    parser.add_argument("--eta", type=int, default=3)
-    parser.add_argument("--seed-of-draw", type=int, default=0)
-    parser.add_argument("--metric", default="val_loss")
-    parser.add_argument("--maximize", action="store_true")
-    parser.add_argument("--out", default="")
-    parser.add_argument("--hosts", default="")
-    parser.add_argument("--command", default="")
-    parser.add_argument("--dry-run", action="store_true")
-    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
-    if asked.trials < 0 or (asked.method == "random" and not asked.trials):
-        raise UserError("--method random: how many? give --trials N, at least 1")
-    if asked.trials and asked.method == "grid":
-        raise UserError("--trials is for --method random or halving; a grid has as many as its values make")
-    if asked.eta < 2:
-        raise UserError(f"--eta {asked.eta}: give at least 2")
-    if bool(asked.hosts) != bool(asked.command):
-        raise UserError("--hosts and --command go together: which hosts, and the line that starts a trial on one")
-    if asked.command and "{command}" not in asked.command:
-        raise UserError(f"--command {asked.command!r} has no {{command}} in it, and would train nothing")
-    if not rest or rest[0].startswith("-"):
-        raise UserError(f"which recipe?\n{_USAGE}")
-    return asked, rest
-
-
 def _checked(path: str, fixed: Sequence[str], points: Sequence[Point]) -> Run:
     """The first point's run; a value that the recipe does not take is told now, and not when its trial begins."""
     run = recipe.parse([path, *fixed, *_words(points[0])], "meshgpt sweep")
@@ -126,13 +126,13 @@ def _words(point: Point) -> list[str]:
     return [word for pair in point for word in pair]
 
 
-def _points(asked: argparse.Namespace, axes: Sequence[Axis]) -> list[Point]:
+def _points(asked: Arguments, axes: Sequence[Axis]) -> list[Point]:
     if asked.trials:
         return at_random(axes, asked.trials, asked.seed_of_draw)
     return grid(axes)
 
 
-def _rungs(asked: argparse.Namespace, steps: int, count: int) -> list[tuple[int | None, int]]:
+def _rungs(asked: Arguments, steps: int, count: int) -> list[tuple[int | None, int]]:
     """(steps of each trial, how many trials) of each rung; the last trains as long as the recipe says."""
     if asked.method != "halving":
         return [(None, count)]

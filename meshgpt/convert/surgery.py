@@ -23,18 +23,18 @@ _POSITIONS = "transformer.wpe.weight"
 
 @settings()
 class Surgery:
-    """What to change in a model that is imported; 0 leaves it as it is.
-
-    vocab_size: rows of the embedding and the head. New ones start at the mean of the old (Hewitt 2021: the model's
-        predictions for the old ids then change least); the last ones go if it is smaller.
-    n_positions: longest context. GPT-J's rotary positions need no table and GPT-2's is made by `extend`.
-    extend: `interpolate` stretches GPT-2's table over the new length, linearly between neighbours, so that every row
-        changes and the order of positions is kept; `tile` repeats it, so that the old length computes what it did.
-    """
+    """What to change in a model that is imported."""
 
     vocab_size: int = 0
+    """Number of rows of the embedding and the head; 0 leaves it. New rows start at the mean of the old (Hewitt 2021:
+    the model's predictions for the old ids then change least), and the last ones go if it is smaller."""
     n_positions: int = 0
+    """Longest context, in tokens; 0 leaves it. GPT-J's rotary positions need no table, and GPT-2's is made by
+    `extend`."""
     extend: Literal["interpolate", "tile"] = "interpolate"
+    """How GPT-2's table of positions becomes longer: `interpolate` stretches it over the new length, linearly between
+    neighbours, so that every row changes and the order of positions is kept; `tile` repeats it, so that the old length
+    computes what it did."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions"):

@@ -24,21 +24,19 @@ LONGEST = 1 << 50  # sequences of a run, or of a stage: what `_rounded_share` is
 
 @settings("data.mixture.sources")
 class Source:
-    """A part of a mixture.
-
-    Attributes:
-        store: a folder made by `meshgpt prepare`.
-        name: what messages and the ledger call it; empty takes the folder's name.
-        weight: its share of the stage's sequences, relative to the other sources' weights; or
-        tokens: how many tokens of it the stage sees. Either all sources of a stage have a budget or none.
-        max_epochs: how often the whole run may go through it; 0 sets no limit.
-    """
+    """A part of a mixture."""
 
     store: str
+    """Folder of a token store made by `meshgpt prepare`."""
     name: str = ""
+    """What messages and the ledger call the source; when it is empty, the folder's name."""
     weight: float = 1.0
+    """The source's share of the stage's sequences, relative to the other sources' weights."""
     tokens: int = 0
+    """Number of tokens of the source that the stage sees, in place of a weight; 0 goes by weight. Either all sources of
+    a stage have such a budget or none."""
     max_epochs: float = 1.0
+    """How often the whole run may go through the source; 0 sets no limit."""
 
     def __post_init__(self) -> None:
         if not self.store:
@@ -60,16 +58,13 @@ class Source:
 
 @settings("data.mixture")
 class Stage:
-    """A mixture for a part of the run.
-
-    Attributes:
-        sources: what it is made of.
-        until_step: the last step that sees it; 0 is the end of the run. A stage with budgets ends when they are spent,
-            in the middle of a step if it so happens, and takes no `until_step`.
-    """
+    """A mixture for a part of the run."""
 
     sources: tuple[Source, ...]
+    """The sources that the stage draws from."""
     until_step: int = 0
+    """Last step that sees the stage; 0 is the end of the run. A stage with token budgets ends when they are spent, in
+    the middle of a step if it so happens, and takes no `until_step`."""
 
     def __post_init__(self) -> None:
         if not self.sources:

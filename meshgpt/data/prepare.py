@@ -38,48 +38,48 @@ TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 
 @settings("data.prepare")
 class Prepare:
-    """What to tokenize, how, and where to.
-
-    Attributes:
-        sources: text files, `.jsonl` files (both plain, `.gz`, `.zst` or `.xz`) and `.parquet` files, folders and globs
-            of them, also as URLs that fsspec knows; `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; or `stdlib`,
-            the source of the running Python's standard library (without its tests). A text file is one document, a
-            line, row or record one.
-        out: the folder of the store.
-        tokenizer: a folder or file to load; or
-        train_tokenizer: the kind to train on the text (without its held-out part), with
-        vocab_size: ids.
-        tokenizer_bytes: train the tokenizer on about this much of the text.
-        val_sources: held-out text, as `sources`.
-        val_fraction: the share of `sources`' documents held out, chosen by a hash of their content.
-        field: the field of `.jsonl`, or the column of `.parquet`, that holds the text.
-        extensions: which files of a folder are read (compressed ones too).
-        on_invalid_utf8: put U+FFFD for invalid bytes and count them, or take it for a bad record.
-        bad_records: stop at a record that is not valid, or skip it: then they are counted, and the first few shown.
-        max_bad_records: when skipping, stop after so many all the same; 0 sets no limit.
-        deduplicate: drop documents that are equal to an earlier one, byte for byte (about 100 bytes of memory each).
-        workers: processes; 0 takes one for each CPU.
-        shard_tokens: tokens in a shard.
-        overwrite: replace another store in `out`.
-    """
+    """What to tokenize, how, and where to."""
 
     sources: tuple[str, ...]
+    """Texts to tokenize: text files, `.jsonl` files (both plain, `.gz`, `.zst` or `.xz`) and `.parquet` files, folders
+    and globs of them, also as URLs that fsspec knows; `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; or
+    `stdlib`, the source of the running Python's standard library (without its tests). A text file is one document; of
+    the others each line, row or record is one."""
     out: str
+    """Folder of the store to write."""
     tokenizer: str | None = None
+    """Folder or file of a tokenizer to load; give this or train_tokenizer."""
     train_tokenizer: Literal["bpe", "sentencepiece"] | None = None
+    """Kind of tokenizer to train on the text (without its held-out part); needs vocab_size."""
     vocab_size: int | None = None
+    """Number of ids of the tokenizer that is trained."""
     tokenizer_bytes: int = 64 << 20
+    """Number of bytes of text that the tokenizer is trained on, about."""
     val_sources: tuple[str, ...] = ()
+    """Texts to hold out for validation, named as `sources` are."""
     val_fraction: float = 0.01
+    """Share of the documents of `sources` that is held out, chosen by a hash of their content."""
     field: str = "text"
+    """Field of a `.jsonl` line, or column of a `.parquet` file, that holds the text."""
     extensions: tuple[str, ...] = TEXT_EXTENSIONS
+    """Which files of a folder are read (compressed ones too), by their endings."""
     on_invalid_utf8: Literal["replace", "error"] = "replace"
+    """What to do with bytes that are not UTF-8: `replace` puts U+FFFD for them and counts them, `error` takes the
+    record for a bad one."""
     bad_records: Literal["error", "skip"] = "error"
+    """What to do with a record that is not valid: `error` stops, `skip` goes on, counts them and shows the first
+    few."""
     max_bad_records: int = 0
+    """Number of bad records after which skipping stops all the same; 0 sets no limit."""
     deduplicate: bool = False
+    """Drop documents that are equal to an earlier one, byte for byte, at about 100 bytes of memory for each
+    document."""
     workers: int = 0
+    """Number of processes that tokenize; 0 takes one for each CPU."""
     shard_tokens: int = 1 << 27
+    """Number of tokens in a shard of the store."""
     overwrite: bool = False
+    """Replace another store that is at `out`."""
 
     def __post_init__(self) -> None:
         if not self.sources:

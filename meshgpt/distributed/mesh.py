@@ -21,16 +21,16 @@ AXES = ("data", "fsdp", "tensor")
 
 @settings("mesh")
 class MeshShape:
-    """Devices along each mesh axis; at most one axis is -1 and takes what the others leave.
-
-    `data`: replicas of the model, each with its own part of the batch.
-    `fsdp`: the batch is split here too, and parameters and optimizer state are stored in slices, gathered at use.
-    `tensor`: every matmul is split over heads, MLP width and vocabulary.
-    """
+    """Devices along each mesh axis; at most one axis is -1 and takes what the others leave."""
 
     data: int = -1
+    """Number of replicas of the model, each with its own part of the batch; -1 takes all devices that are left."""
     fsdp: int = 1
+    """Number of slices that parameters and optimizer state are stored in, gathered at use; the batch is split here too.
+    -1 takes all devices that are left."""
     tensor: int = 1
+    """Number of devices that share every matmul, split over heads, MLP width and vocabulary; -1 takes all devices that
+    are left."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)

@@ -34,7 +34,19 @@ from meshgpt.settings import settings
 
 T = TypeVar("T")
 
-FLAGS = ("coordinator", "bind", "processes", "process_id", "deadline")
+FLAGS = {
+    "coordinator": "Address of process 0 as HOST:PORT, as the others reach it.",
+    "bind": "Address that process 0 listens on; none given takes the coordinator's own.",
+    "processes": "Number of processes.",
+    "process_id": "Number of this process, counted from 0.",
+    "deadline": "Seconds within which all processes must have come; none given takes 300.",
+}
+HELP = "\n".join(
+    [
+        "Processes of one run that no cluster starts find each other by these flags or MESHGPT_COORDINATOR and so on:",
+        *(f"--{name.replace('_', '-')}: {text}" for name, text in FLAGS.items()),
+    ]
+)
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 _HEARTBEAT_SECONDS = 60  # a host that says nothing for so long is taken for dead
 _SHARED_SECONDS = 60.0  # a network file system may show a new file that late
@@ -66,7 +78,7 @@ def take_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         flag = f"--{name.replace('_', '-')}"
         for index, argument in enumerate(rest):
             given, equals, value = argument.partition("=")
-            if given == flag:
+            if given == flag or (name == "deadline" and given == "--deadline-seconds"):  # as `launch` once called it
                 if not equals and index + 1 == len(rest):
                     raise UserError(f"{flag} needs a value")
                 found[name] = value if equals else rest[index + 1]

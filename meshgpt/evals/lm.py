@@ -104,7 +104,7 @@ class Answers:
         if room < 1:
             raise UserError(
                 f"a task asks for up to {wanted} generated tokens, and the model's context is {self._scorer.context}: "
-                f"give --max-gen-toks {max(1, self._scorer.context // 2)} (of a run --evals.max-gen-toks), or another"
+                f"give --max-new-tokens {max(1, self._scorer.context // 2)} (of a run --evals.max-gen-toks), or another"
             )
         sampling = Sampling(
             max_new_tokens=wanted,

@@ -12,25 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshgpt.errors import UserError
+from meshgpt.flags import OTHER_NAMES
 from meshgpt.settings import settings
 
 
 @settings("sampling")
 class Sampling:
-    """How new tokens are drawn.
+    """How new tokens are drawn."""
 
-    max_new_tokens: per sample; fewer at an end of text or where the context is full. temperature: divides the logits;
-    0 takes the likeliest token. top_k: only the k likeliest tokens (ties of the k-th too); 0 is off. top_p: of these,
-    the fewest whose probability is at least p (Holtzman et al. 2020, section 3.1); 1 is off. seed: token t of sample s
-    of prompt r is drawn with randomness that depends on (seed, r, s, t) alone. samples: continuations of each prompt.
-    """
-
-    max_new_tokens: int = 128
+    max_new_tokens: int = dataclasses.field(default=128, metadata={OTHER_NAMES: ("max_tokens",)})
+    """Largest number of tokens generated for each sample; there are fewer at an end of text or where the context is
+    full."""
     temperature: float = 1.0
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_k: int = 0
+    """Sample from this many of the likeliest tokens only (and those that tie with the last of them); 0 samples from
+    all."""
     top_p: float = 1.0
+    """Sample from the fewest of these tokens whose probabilities sum to at least this (Holtzman et al. 2020, section
+    3.1); 1 samples from all."""
     seed: int = 0
+    """Seed of the draws: token t of sample s of prompt r depends on (seed, r, s, t) alone."""
     samples: int = 1
+    """Number of continuations of each prompt."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, remedy: str) -> None:

@@ -21,20 +21,24 @@ from meshgpt.settings import settings
 
 @settings("model")
 class Shape:
-    """The sizes of a decoder.
-
-    vocab_size: token ids the model knows. n_positions: longest context. d_ff: MLP width (0 means 4 d_model).
-    vocab_multiple: the embedding is padded to a multiple of this, so that any mesh divides it; padding is masked.
-    """
+    """The sizes of a decoder."""
 
     vocab_size: int
+    """Number of token ids that the model knows."""
     n_positions: int
+    """Longest context, in tokens."""
     n_layers: int
+    """Number of blocks."""
     n_heads: int
+    """Number of attention heads; must divide d_model."""
     d_model: int
+    """Width of the embeddings and of the residual stream."""
     d_ff: int = 0
+    """Width of the MLP's hidden layer; 0 takes 4 d_model."""
     layer_norm_eps: float = 1e-5
+    """Number added to the variance in each layer norm."""
     vocab_multiple: int = 128
+    """Pad the rows of the embedding to a multiple of this, so that any mesh divides them; the padding is masked."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layers", "n_heads", "d_model", "vocab_multiple"):

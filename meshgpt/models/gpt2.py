@@ -20,11 +20,7 @@ INIT_STD = 0.02
 
 @settings("model")
 class GPT2Config(Shape):
-    """GPT-2's sizes; the defaults are the published 124M model's (124,439,808 parameters).
-
-    tied_head: the head's weight is the embedding. embd_dropout, attn_dropout, resid_dropout: rates in training
-    (Hugging Face's `embd_pdrop`, `attn_pdrop`, `resid_pdrop`, which are 0.1 there and 0 here).
-    """
+    """GPT-2's sizes; the defaults are the published 124M model's (124,439,808 parameters)."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -32,9 +28,15 @@ class GPT2Config(Shape):
     n_heads: int = 12
     d_model: int = 768
     tied_head: bool = True
+    """Use the embedding as the head's weight, as the published models do."""
     embd_dropout: float = 0.0
+    """Dropout rate of the embeddings in training, in [0, 1) (Hugging Face's `embd_pdrop`, which is 0.1 there)."""
     attn_dropout: float = 0.0
+    """Dropout rate of the attention weights in training, in [0, 1) (Hugging Face's `attn_pdrop`, which is 0.1
+    there)."""
     resid_dropout: float = 0.0
+    """Dropout rate of what attention and MLP add in training, in [0, 1) (Hugging Face's `resid_pdrop`, which is 0.1
+    there)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,17 +20,16 @@ from meshgpt.settings import settings
 
 @settings("model")
 class GPTJConfig(Shape):
-    """GPT-J's sizes; the defaults are the published 6B model's (6,050,882,784 parameters).
-
-    vocab_size: 50400 there, of which its tokenizer uses 50257. rotary_dim: how many of a head's dimensions turn.
-    """
+    """GPT-J's sizes; the defaults are the published 6B model's (6,050,882,784 parameters)."""
 
     vocab_size: int = 50400
+    """Number of token ids that the model knows; the published model has 50,400, of which its tokenizer uses 50,257."""
     n_positions: int = 2048
     n_layers: int = 28
     n_heads: int = 16
     d_model: int = 4096
     rotary_dim: int = 64
+    """Number of dimensions of each head that the rotary position embedding turns; even, and at most the head size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

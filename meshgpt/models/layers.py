@@ -30,19 +30,19 @@ SAVED_NAMES = ("q", "k", "v", "attention", "mlp_up")
 class Execution:
     """How the layers run; never what they compute.
 
-    unroll: layers per iteration of the scan over layers; 0 runs all of them in line. In line XLA sees the whole model:
-      faster steps (a quarter at GPT-2 124M on an H200, see docs/performance.md) for a compile time and a program that
-      grow with depth. A scan compiles once for any depth, which is what deep models and pods want.
-    remat: what the backward pass recomputes. "none" keeps every activation, "dots" the results of matmuls, "named"
-      q, k, v, attention and the MLP's input matmul, "offload" the same in the host's memory, "full" only each block's
-      input.
-    attention: "xla" writes out the T x S scores, "cudnn" is cuDNN's fused attention (GPU, 16-bit), "splash" a kernel
-      for TPU v4 and later; "auto" takes the fused one that can run.
+    A scan over layers compiles once for any depth, which is what deep models and pods want.
     """
 
     unroll: int = 1
+    """Number of layers in an iteration of the scan over layers; 0 runs all of them in line, which makes faster steps (a
+    quarter at GPT-2 124M on an H200, see docs/performance.md) for a compile time and a program that grow with depth."""
     remat: Remat = "none"
+    """What the backward pass recomputes rather than keeps: `none` keeps every activation, `dots` the results of
+    matmuls, `named` q, k, v, attention and the MLP's input matmul, `offload` the same in the host's memory, `full` only
+    each block's input."""
     attention: Kernel = "auto"
+    """Attention kernel: `xla` writes out the scores of all pairs of tokens, `cudnn` is cuDNN's fused attention (GPU,
+    16-bit), `splash` is a kernel for TPU v4 and later, and `auto` takes the fused one that can run."""
 
     def __post_init__(self) -> None:
         if self.unroll < 0:

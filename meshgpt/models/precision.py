@@ -24,8 +24,11 @@ class LossScaling:
     """
 
     initial: float = 2.0**15
+    """Loss scale of the first step; at most 2^24."""
     growth_interval: int = 2000
+    """Number of good steps in a row that double the scale."""
     floor: float = 1.0
+    """Smallest scale; a run that overflows with it is stopped."""
 
     def __post_init__(self) -> None:
         if self.growth_interval < 1 or not 0 < self.floor <= self.initial <= _CEILING:
@@ -54,19 +57,18 @@ class LossScale:
 
 @settings("precision")
 class Precision:
-    """The dtype policy of a run.
-
-    `params` is how parameters and gradients are kept, `compute` what activations and matmuls use; norms, softmax and
-    the loss are always float32. `compute="auto"` is bfloat16 on accelerators and float32 on CPU; float16 is for GPUs
-    without bfloat16, and `loss_scaling` is its.
-    rounding: how an updated parameter becomes bfloat16. By "nearest" updates below a 512th of it are lost; "stochastic"
-    rounds up as often as it should, and keeps them on average.
-    """
+    """The dtype policy of a run."""
 
     params: Float = "float32"
+    """Dtype that parameters and gradients are kept in."""
     compute: Float | Literal["float16", "auto"] = "auto"
+    """Dtype of activations and matmuls; `auto` is bfloat16 on accelerators and float32 on CPU, and float16 is for GPUs
+    without bfloat16. Norms, softmax and the loss are always float32."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How an updated parameter becomes bfloat16: `nearest` loses updates below a 512th of it, `stochastic` rounds up as
+    often as keeps them on average."""
     loss_scaling: LossScaling = LossScaling()
+    """Dynamic loss scaling, which float16 uses."""
 
     def __post_init__(self) -> None:
         if self.rounding == "stochastic" and self.params == "float32":

@@ -101,7 +101,7 @@ class LastLayers(Part):
     """
 
     layers: int = 1
-    """How many blocks."""
+    """Number of blocks to train, counted from the last."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -142,12 +142,14 @@ class LoRA(Part):
     """
 
     rank: int = 8
+    """Rank of each adapter."""
     alpha: float = 16.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Of an adapter's input, in training."""
+    """Dropout rate of an adapter's input in training, in [0, 1)."""
     targets: tuple[str, ...] = ("attn/q", "attn/v")
-    """The blocks' matrices to adapt, by name: attn/q, attn/k, attn/v, attn/o, mlp/up, mlp/down; a pattern such as
-    attn/*; or what transformers calls them (c_attn, q_proj, fc_in, ...)."""
+    """Matrices of the blocks to adapt, by name (attn/q, attn/k, attn/v, attn/o, mlp/up, mlp/down), by a pattern such as
+    attn/*, or by what transformers calls them (c_attn, q_proj, fc_in, ...)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

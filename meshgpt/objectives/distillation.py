@@ -36,30 +36,31 @@ _EPSILON = 1e-12  # of the squared norms, as PyTorch's CosineEmbeddingLoss
 
 @settings("objective")
 class Distill:
-    """The objective of distillation; the defaults are DistilGPT2's.
-
-    teacher: a run's folder, an imported one, a Hugging Face folder (in 4 or 8 bits too) or a hub id (owner/name).
-    """
+    """The objective of distillation; the defaults are DistilGPT2's."""
 
     teacher: str
+    """The model to learn from: a run's folder, an imported one, a Hugging Face folder (in 4 or 8 bits too) or a hub id
+    (owner/name)."""
     temperature: float = 2.0
-    """Softens both distributions."""
+    """Divisor of the logits of both models before their distributions are compared."""
     alpha_ce: float = 5.0
     """Weight of the divergence from the teacher's distribution."""
     alpha_mlm_or_clm: float = 2.0
     """Weight of the usual next-token loss."""
     alpha_cos: float = 1.0
-    """Weight of the cosine of the last hidden states; 0 for a teacher of another width."""
+    """Weight of the cosine distance of the last hidden states; give 0 for a teacher of another width."""
     start: Literal["teacher", "fresh"] = "teacher"
-    """Start from layers and embeddings of the teacher, unless --init names another start; or from random numbers."""
+    """Where the student starts: `teacher` takes layers and embeddings of the teacher, unless --init names another
+    start, and `fresh` random numbers."""
     layers: tuple[int, ...] = ()
-    """The teacher's layers to start from, counted from 0; empty takes them evenly, every other one for half of them."""
+    """Layers of the teacher to start from, counted from 0; when empty they are taken evenly, every other one for half
+    of them."""
     teacher_dtype: Float = "bfloat16"
-    """How the teacher is kept; weights of 4 and 8 bits stay as they are."""
+    """Dtype that the teacher is kept in; weights of 4 and 8 bits stay as they are."""
     chunk_tokens: int = 4096
-    """Tokens whose logits, of both models, one device holds at a time."""
+    """Number of tokens whose logits, of both models, one device holds at a time."""
     teacher_model: GPT2Config | GPTJConfig = GPT2Config()
-    """The teacher's sizes. A run reads them from the teacher; what is compiled without it takes these."""
+    """The teacher's sizes; a run reads them from the teacher, and what is compiled without it takes these."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.chunk_tokens < 1:

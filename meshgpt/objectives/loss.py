@@ -80,14 +80,13 @@ class Score(Protocol):
 
 @settings("objective")
 class NextToken:
-    """The next-token objective.
-
-    z_loss: adds z_loss * logsumexp(logits)^2, which keeps the softmax's normaliser near 1 (1e-4 in GPT-J; PaLM,
-    Chowdhery et al. 2022, section 5). chunk_tokens: tokens whose logits one device holds at a time.
-    """
+    """The next-token objective."""
 
     z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 in the training loss, which keeps the softmax's normaliser near 1; GPT-J took 1e-4
+    (PaLM, Chowdhery et al. 2022, section 5)."""
     chunk_tokens: int = 8192
+    """Number of tokens whose logits one device holds at a time."""
 
     def __post_init__(self) -> None:
         if self.z_loss < 0 or self.chunk_tokens < 1:

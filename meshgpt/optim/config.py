@@ -69,21 +69,22 @@ def _in_float32(value: float) -> float:
 
 @settings("optim")
 class Common(abc.ABC):
-    """What every optimizer has.
-
-    peak_lr, warmup_steps: the learning rate rises linearly from 0 over the warmup, then follows `schedule`.
-    clip_norm: gradients are scaled down to this global norm (0: never). weight_decay: decoupled, p -= lr weight_decay p
-    (Loshchilov and Hutter 2019), of matrices and embeddings, not of biases and norms.
-    state_memory: where the optimizer's state rests between steps; "pinned_host" pages it to the accelerator and back,
-    for two transfers of the state a step: AdamW's parameter by parameter, the others' at once after the gradients.
-    """
+    """What every optimizer has."""
 
     peak_lr: float = 6e-4
+    """Highest learning rate, reached at the end of the warmup."""
     warmup_steps: int = 100
+    """Number of steps over which the learning rate rises linearly from 0 to its peak."""
     schedule: Schedule = Cosine()
+    """How the learning rate goes on after the warmup."""
     clip_norm: float = dataclasses.field(default=1.0, metadata={INSTEAD: "; 0 never clips"})
+    """Scale gradients down to this global norm where theirs is larger; 0 never does."""
     weight_decay: float = 0.1
+    """Decoupled weight decay (Loshchilov and Hutter 2019) of matrices and embeddings, not of biases and norms: p -= lr
+    weight_decay p."""
     state_memory: Memory = "device"
+    """Where the optimizer's state rests between steps; `pinned_host` pages it to the accelerator and back, for two
+    transfers of the state a step: AdamW's parameter by parameter, the others' at once after the gradients."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -103,16 +104,18 @@ class AdamW(Common):
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  u = m' / (sqrt(v') + eps) + weight_decay * p
     p = p - lr u, with m' and v' corrected for their start at 0; no decay of biases and norms.
-
-    moment_dtype: of m. second_moment_dtype: of v. The decay (b1, b2) of one in bfloat16 is at most 0.99, as smaller
-    changes would be lost.
     """
 
     b1: float = 0.9
+    """Decay rate of the first moment."""
     b2: float = 0.95
+    """Decay rate of the second moment."""
     eps: float = 1e-8
+    """Number added to the root of the second moment."""
     moment_dtype: FloatName = "float32"
+    """Dtype of the first moment; with bfloat16, b1 is at most 0.99, as smaller changes would be lost."""
     second_moment_dtype: FloatName = "float32"
+    """Dtype of the second moment; with bfloat16, b2 is at most 0.99, as smaller changes would be lost."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         _check_memory("moment_dtype", self.moment_dtype, "b1", self.b1)
@@ -133,8 +136,11 @@ class AdamW8bit(Common):
     """
 
     b1: float = 0.9
+    """Decay rate of the first moment."""
     b2: float = 0.95
+    """Decay rate of the second moment."""
     eps: float = 1e-8
+    """Number added to the root of the second moment."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         return _adamw(self)
@@ -153,8 +159,11 @@ class AdamW4bit(Common):
     """
 
     b1: float = 0.9
+    """Decay rate of the first moment."""
     b2: float = 0.95
+    """Decay rate of the second moment."""
     eps: float = 1e-8
+    """Number added to the root of the second moment."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         return _adamw(self)
@@ -167,14 +176,14 @@ class AdamW4bit(Common):
 
 @settings("optim")
 class Adafactor(Common):
-    """No first moment, and the second as means over rows and columns (Shazeer and Stern 2018).
-
-    decay: the second moment's rate at step t is 1 - t^-decay. clip_rms: an update's root mean square is at most this.
-    """
+    """No first moment, and the second as means over rows and columns (Shazeer and Stern 2018)."""
 
     decay: float = 0.8
+    """Exponent of the second moment's decay rate, which is 1 - t^-decay at step t."""
     eps: float = 1e-30
+    """Number added to the squared gradient."""
     clip_rms: float = 1.0
+    """Largest root mean square of an update."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         moment = FactoredMoment(decay=self.decay, eps=self.eps, clip=self.clip_rms)
@@ -186,15 +195,18 @@ class Lion(Common):
     """The sign of a momentum (Chen et al. 2023, algorithm 2); wants a third to a tenth of AdamW's peak_lr.
 
     u = sign(b1 m + (1 - b1) g) + weight_decay * p;  m = b2 m + (1 - b2) g
-
-    moment_dtype: of m; with bfloat16, b2 is at most 0.99, as smaller changes would be lost.
     """
 
     peak_lr: float = 1e-4
+    """Highest learning rate, reached at the end of the warmup; a third to a tenth of AdamW's."""
     weight_decay: float = 0.5
+    """Decoupled weight decay of matrices and embeddings, not of biases and norms: p -= lr weight_decay p."""
     b1: float = 0.9
+    """Share of the momentum in the update's direction."""
     b2: float = 0.99
+    """Decay rate of the momentum."""
     moment_dtype: FloatName = "float32"
+    """Dtype of the momentum; with bfloat16, b2 is at most 0.99, as smaller changes would be lost."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         _check_memory("moment_dtype", self.moment_dtype, "b2", self.b2)
@@ -205,14 +217,18 @@ class Lion(Common):
 class Muon(Common):
     """Orthogonal momentum for the blocks' matrices, AdamW for embeddings, head and vectors (Jordan et al. 2024).
 
-    beta: of Muon's momentum. b1, b2, eps: of AdamW. Both take one learning rate: Muon's update is made as large as
-    Adam's (Liu et al. 2025). A block's matrix is gathered for it, and every device computes the same.
+    Both take one learning rate: Muon's update is made as large as Adam's (Liu et al. 2025). A block's matrix is
+    gathered for it, and every device computes the same.
     """
 
     beta: float = 0.95
+    """Decay rate of Muon's momentum."""
     b1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     b2: float = 0.95
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-8
+    """Number added to the root of AdamW's second moment."""
 
     def direction(self) -> optax.GradientTransformationExtraArgs:
         adam = Adam(self.b1, self.b2, self.eps, Plain("float32"), Plain("float32")).transformation()

@@ -23,7 +23,9 @@ class Cosine:
     """
 
     final: float = 0.1
+    """Learning rate at the end of the decay, as a share of the peak."""
     steps: int | None = None
+    """Number of steps of the decay, counted from the end of the warmup; None decays to the run's last step."""
 
     def __post_init__(self) -> None:
         _check_decay(self)
@@ -34,7 +36,9 @@ class Linear:
     """From the peak to `final` x peak in a straight line over `steps` (None: to the run's last step), then constant."""
 
     final: float = 0.0
+    """Learning rate at the end of the decay, as a share of the peak."""
     steps: int | None = None
+    """Number of steps of the decay, counted from the end of the warmup; None decays to the run's last step."""
 
     def __post_init__(self) -> None:
         _check_decay(self)
@@ -60,8 +64,11 @@ class Piece:
     """`steps` on the way to `to` x peak, from wherever the piece before ended ("constant" jumps there at once)."""
 
     steps: int
+    """Number of steps that the piece takes."""
     to: float
+    """Learning rate at the piece's end, as a share of the peak."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
+    """The way to `to`: `linear`, half a `cosine`, or `constant`, which jumps there at once."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -77,7 +84,9 @@ class Piecewise:
     """
 
     pieces: tuple[Piece, ...]
+    """The pieces, one after another."""
     start: float = 0.0
+    """Learning rate before the first piece, as a share of the peak."""
 
     def __post_init__(self) -> None:
         if not self.pieces:

@@ -117,6 +117,14 @@ def quiet_compiler() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def set_effort(low: bool) -> None:
+    """Tells the compiler to hurry, or to take its time, which is the default."""
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):  # JAX 0.12 has levels alone
+        jax.config.update("jax_exec_time_optimization_effort", -1.0 if low else 0.0)
+    else:
+        jax.config.update("jax_optimization_level", "O1" if low else "UNKNOWN")
+
+
 def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """Devices to compile for; they cannot run anything.
 

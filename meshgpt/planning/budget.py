@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import tyro
-
+from meshgpt import flags
 from meshgpt.errors import UserError
 from meshgpt.hardware import power
 from meshgpt.models import flops as scaling
@@ -24,20 +23,23 @@ class Budget:
     """One budget, in operations, in hours of some hardware, or in tokens, and what is assumed besides."""
 
     flops: float | None = None
-    """Floating-point operations, as 6 N D."""
+    """Budget in floating-point operations, counted as 6 N D."""
     hours: float | None = None
-    """Hours of --hardware, the whole step of the model counted (its head and attention too)."""
+    """Budget in hours of --hardware, the whole step of the model counted (its head and attention too)."""
     tokens: float | None = None
-    """Tokens to train on, as many as there are."""
+    """Budget in tokens to train on, as many as there are."""
     hardware: str = ""
-    """Number and kind of device, as 8xA100."""
+    """Number and kind of device, such as 8xA100."""
     utilisation: float = 0.4
     """Share of the devices' peak that training reaches (MFU); 0.3 to 0.55 is usual, far less for small models."""
     price: float | None = None
-    """Dollars for a device and hour; without it a round figure of 2025, which is a guess."""
+    """Dollars for an hour of one device; None takes a round figure of 2025, which is a guess."""
     family: Literal["gpt2", "gptj"] = "gpt2"
+    """Family of the model that is sized."""
     vocab_size: int = 50257
+    """Number of token ids of the model that is sized."""
     seq_len: int = 1024
+    """Number of tokens in a sequence."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("flops", "hours", "tokens") if getattr(self, name) is not None]
@@ -187,4 +189,4 @@ def _explained(budget: Budget, basis: str) -> list[str]:
 
 def command(arguments: Sequence[str]) -> None:
     """meshgpt plan budget --flops|--hours|--tokens ..."""
-    print(describe(tyro.cli(Budget, prog="meshgpt plan budget", args=list(arguments))))
+    print(describe(flags.parse(Budget, arguments, "meshgpt plan budget")))

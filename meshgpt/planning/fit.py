@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import tyro
 
+from meshgpt import flags
 from meshgpt.errors import UserError
 from meshgpt.optim.config import Constant, InverseSqrt
 from meshgpt.planning.scaling_laws import Counting, Fit, Points, fit
@@ -30,17 +31,19 @@ class Arguments:
     """Fits E + A / N^alpha + B / D^beta to the validation losses of runs, and predicts others."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Runs to fit: several sizes on the same text and tokenizer."""
+    """Folders of the runs to fit: several sizes on the same text and tokenizer."""
     predict: tuple[Path, ...] = ()
-    """Runs to predict and not to fit, trained already or not yet."""
+    """Folders of runs to predict and not to fit, trained already or not yet."""
     points: Literal["auto", "final", "all"] = "auto"
-    """final: a run's last evaluation. all: those along the way too, which a decaying learning rate makes misleading
-    (Hoffmann et al. 2022, section 3.1). auto: all where the learning rate stays constant, else final."""
+    """Which losses to fit: `final` takes a run's last evaluation, `all` those along the way too, which a decaying
+    learning rate makes misleading (Hoffmann et al. 2022, section 3.1), and `auto` all where the learning rate stays
+    constant, else the last."""
     count: Counting = "non-embedding"
-    """Which parameters are N: below some ten millions, embeddings are most of a model and add little."""
+    """Which parameters are N; below some ten millions, embeddings are most of a model and add little."""
     resamples: int = 200
+    """Number of resamples that the intervals are computed from (at least 20)."""
     plot: Path | None = None
-    """Draw measured and fitted losses into this PNG file."""
+    """PNG file to draw measured and fitted losses into; None draws nothing."""
 
     def __post_init__(self) -> None:
         if self.resamples < 20:
@@ -201,7 +204,7 @@ def command(arguments: Sequence[str]) -> None:
     """meshgpt plan fit RUN... [--predict RUN...]"""
     import jax
 
-    asked = tyro.cli(Arguments, prog="meshgpt plan fit", args=list(arguments))
+    asked = flags.parse(Arguments, arguments, "meshgpt plan fit")
     if not asked.runs:
         raise UserError("which runs? give several of different sizes: meshgpt plan fit runs/a runs/b runs/c")
     jax.config.update("jax_platforms", "cpu")  # an accelerator here belongs to whatever is training

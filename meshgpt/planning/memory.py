@@ -4,7 +4,6 @@ Nothing here is a formula: the recipe's own train step is compiled, for this mac
 compiler says what it needs. So is every change that is offered.
 """
 
-import argparse
 import dataclasses
 import re
 import time
@@ -21,20 +20,30 @@ from meshgpt.hardware import topologies
 from meshgpt.models.model import check_divisibility
 from meshgpt.optim.config import AdamW, AdamW4bit, AdamW8bit, Common
 from meshgpt.planning import aot
-from meshgpt.settings import json_text
+from meshgpt.settings import json_text, settings
 from meshgpt.training.memory import Footprint, NoRoomError, compile_lowered, device_limit, measure
 from meshgpt.training.program import Program
 
 _GIB = 1 << 30
-_USAGE = """usage: meshgpt plan memory RECIPE [--device-memory 12GiB] [--topology NAME] [--tries N] [--json] [flags]
 
-Compiles the recipe's train step and prints what it takes of a device's memory; where that is too much, what would
-change it, each change compiled too. Flags are those of the recipe.
---device-memory SIZE  of a device, as 12GiB or 80GB (default: what the device has)
---topology NAME       compile for rtx3060, h100x8, v5e-4, ... (the names of `meshgpt compile`) instead of this machine;
-                      needs the extra cuda12, cuda13 or tpu, and no such device
---tries N             changes to compile where it does not fit (8)
---json                the figures for a program"""
+
+@settings()
+class Arguments:
+    """Compiles a recipe's training step and prints what it takes of a device's memory.
+
+    Where that is too much, it says what would change it, each change compiled too. `meshgpt plan memory RECIPE --help`
+    lists the flags of the recipe.
+    """
+
+    device_memory: str | None = None
+    """Memory of a device, as 12GiB or 80GB; None takes what the device has."""
+    topology: str | None = None
+    """Device to compile for, such as rtx3060, h100x8 or v5e-4 (the names of `meshgpt compile`), which needs the extra
+    cuda12, cuda13 or tpu and no such device; None compiles for this machine."""
+    tries: int = 8
+    """Number of changes that are compiled where it does not fit."""
+    json: bool = False
+    """Print the figures as JSON, for a program."""
 
 
 class Change(NamedTuple):
@@ -55,15 +64,7 @@ class Tried(NamedTuple):
 
 def command(arguments: Sequence[str]) -> None:
     """meshgpt plan memory RECIPE"""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--device-memory")
-    parser.add_argument("--topology")
-    parser.add_argument("--tries", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
-    asked, rest = recipe.take_flags(parser, arguments, _USAGE)
-    if not rest or rest[0] in ("-h", "--help"):
-        print(_USAGE)
-        return
+    asked, rest = recipe.take(Arguments, arguments, "meshgpt plan memory")
     limit = None if asked.device_memory is None else size(asked.device_memory)
     topology = None if asked.topology is None else topologies.parse(asked.topology)
     run = recipe.parse(rest, "meshgpt plan memory")

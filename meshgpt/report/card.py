@@ -29,14 +29,15 @@ class CardOptions:
     """What a run's folder cannot know."""
 
     license: str = "unknown"
-    """As the hub names it, for example apache-2.0."""
+    """The model's license as the Hugging Face hub names it, for example apache-2.0."""
     language: tuple[str, ...] = ()
-    """Of the text, as ISO 639-1 codes."""
+    """Languages of the text, as ISO 639-1 codes."""
     author: str = ""
-    """For the citation."""
+    """Name of the author, for the citation."""
     location: str = ""
-    """Where it was trained, for the emissions."""
+    """Place where the model was trained, for the emissions."""
     energy: Assumptions = Assumptions()
+    """What energy and emissions are computed with."""
 
 
 def card(facts: Facts, panels: Sequence[Panel], options: CardOptions) -> list[Block]:

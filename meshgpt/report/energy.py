@@ -18,11 +18,12 @@ class Assumptions:
     """What energy and emissions are computed with."""
 
     watts: float | None = None
-    """Of one device on average; without it the maker's rating, where there is one."""
+    """Power that one device draws on average, in watts; None takes the maker's rating, where there is one."""
     pue: float = 1.0
-    """Power usage effectiveness: what the building draws for each watt of the devices. 1.0 leaves the building out."""
+    """Power usage effectiveness: watts that the building draws for each watt of the devices; 1.0 leaves the building
+    out."""
     kg_per_kwh: float = WORLD_GRID
-    """Grid intensity in kg CO2 eq per kWh."""
+    """Carbon intensity of the grid, in kg of CO2 equivalent per kWh."""
 
     def __post_init__(self) -> None:
         for name, low in (("watts", 0.0), ("pue", 1.0), ("kg_per_kwh", 0.0)):
