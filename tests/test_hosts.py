@@ -113,7 +113,7 @@ class Pod:
         monkeypatch.setattr(hosts, "_state", lambda: SimpleNamespace(
             client=self, process_id=self.local.number, num_processes=processes
         ))  # fmt: skip
-        monkeypatch.setattr(hosts, "_turn", lambda: next(self.local.turns))
+        monkeypatch.setattr(hosts, "turn", lambda: next(self.local.turns))
         monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
 
     def key_value_set(self, key: str, value: str) -> None:

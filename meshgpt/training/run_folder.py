@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import meshgpt
+from meshgpt.atomic import write_atomically
 from meshgpt.checkpoint import manifest
 from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
@@ -32,7 +33,6 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record = path / "run.json"
-        self._scratch = path / "run.json.tmp"
         self.metrics = path / "metrics.jsonl"
         self.origin = path / "init.json"
         self.sessions = path / "sessions.json"
@@ -157,7 +157,7 @@ class RunFolder:
                 report(f"resuming with {name} {new!r} (was {old!r})")
 
     def _check_nothing_else(self) -> None:
-        ours = (*_KEPT_ASIDE, self._scratch.name)
+        ours = (*_KEPT_ASIDE, f"{self.record.name}.tmp")
         foreign = [p.name for p in self.path.iterdir() if p.name not in ours]
         if foreign and not self.record.is_file():
             raise UserError(
@@ -178,8 +178,7 @@ class RunFolder:
         report(f"the earlier run is now in {aside}")
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        self._scratch.write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(self._scratch, self.record)
+        write_atomically(self.record, json_text(record, indent=2) + "\n")
 
 
 def _record(run: Run, command: str) -> dict[str, Any]:
