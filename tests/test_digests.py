@@ -162,7 +162,7 @@ def test_the_parts_read_each_file_once(folder: Path, monkeypatch: pytest.MonkeyP
     read: list[str] = []
     digest = digests._digest
     monkeypatch.setattr(
-        digests, "_digest", lambda path, durable: read.append(path.name) or digest(path, durable=durable)
+        digests, "_digest", lambda path, moved, durable: read.append(path.name) or digest(path, moved, durable=durable)
     )
     for index in range(3):
         digests.verify(folder, (index, 3))

@@ -110,7 +110,7 @@ def adopt(run: Run, folder: RunFolder) -> Run:
                 f"{type(run.trainable).__name__} trains a part of a model that is there already: name it with --init"
             )
         return run
-    if run.resume != "never" and folder.record.is_file():
+    if run.resume != "never" and folder.holds_run():
         recorded = folder.read_run()
         if recorded.init == run.init and type(recorded.model) is type(run.model):
             return dataclasses.replace(run, model=_sized(run.model, recorded.model))
