@@ -1,7 +1,8 @@
 """The trainer with something slow in it: `python -m tests.disturbed DISTURBANCES [arguments of meshgpt.train]`.
 
 DISTURBANCES (JSON):
-  folder: `KIND-PROCESS` appears in it when a disturbance begins; `digested-PROCESS` has the files whose digests it made.
+  folder: `KIND-PROCESS` appears in it when a disturbance begins; `digested-PROCESS` has the files that it read for
+    their digests.
   digesting: [process, seconds]: that process takes so long for one file of a checkpoint.
   preparing: [process, seconds]: ... to open its data.
   compiling: that process never comes back from compiling, and no Python runs in its main thread.
