@@ -54,8 +54,11 @@ def write_manifest(
 
 def _gathered(folder: Path, name: str, progress: Callable[[], None]) -> manifest.Files:
     """On process 0, the digests by all processes of their parts."""
-    sizes = manifest.list_files(folder)
-    processes.publish(f"{name}/sizes", json.dumps(sizes))
+    sizes: dict[str, int] = {}
+    try:
+        sizes = manifest.list_files(folder)
+    finally:  # the others wait for it even where it failed, and then hear why
+        processes.publish(f"{name}/sizes", json.dumps(sizes))
     found = manifest.digest_files(folder, manifest.share(sizes, (0, processes.count())), progress)
     for number in range(1, processes.count()):
         found |= json.loads(processes.awaited(f"{name}/{number}", progress))
