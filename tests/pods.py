@@ -101,7 +101,7 @@ class Pod:
             self.local.number, self.local.turns = number, iter(range(100))
             try:
                 results[number].put(work(number))
-            except (UserError, MachineError) as error:
+            except (UserError, MachineError, OSError) as error:
                 results[number].put(str(error))
 
         for number in range(self.processes):

@@ -210,11 +210,8 @@ def test_several_processes_make_and_check_them_together(folder: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(digests, "list_files", fail)
         said = pod.run(lambda number: shared_digests.write_manifest(folder, "meshgpt/digests/2"))
-    assert (
-        said[1]
-        == said[2]
-        == f"process 0 could not complete the checkpoint {folder}: [Errno 28] No space left on device"
-    )
+    assert said[0] == "[Errno 28] No space left on device"
+    assert said[1] == said[2] == f"process 0 could not complete the checkpoint {folder}: {said[0]}"
 
     assert digest is digests._digest
     led = Pod(monkeypatch, 3)
