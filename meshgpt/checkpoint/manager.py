@@ -34,6 +34,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 _LONG_CHECK_BYTES = 4 * 10**9
 _LONG_WAIT_SECONDS = 1.0
 _LOOK_SECONDS = 2.0  # between two looks at whether a save makes progress
+_MUCH_BYTES = 1 << 20  # written between two looks: more than signs of life and logs are
 _LEAVING_SECONDS = 5.0
 _WRITING_SECONDS = 7 * 24 * 3600  # orbax gives up on a save after 20 minutes, however much is written meanwhile
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -82,8 +83,8 @@ class Checkpointer:
 
         Args:
             report: receives one line for the user at a time.
-            alive: is called in this thread while digests that it waits for make progress, which may take longer than
-                a supervisor is patient.
+            alive: is called in this thread while what it waits for makes progress, which may take longer than a
+                supervisor is patient.
         """
         self._folder = folder.absolute()
         self._config = config
@@ -205,9 +206,11 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when the last save is complete, digests included. Raises what went wrong with it, once."""
         if self._thread is not None:
+            written = _written_bytes()
             while self._thread.is_alive():
                 self._thread.join(_LOOK_SECONDS)
-                if self._progress.is_set():
+                before, written = written, _written_bytes()
+                if self._progress.is_set() or written - before > _MUCH_BYTES:
                     self._progress.clear()
                     self._alive()
             self._thread = None
@@ -304,6 +307,14 @@ def _find_intact(
     if completed:
         raise _damaged_step(folder, completed[-1], passed_over[completed[-1]])
     return None, set(passed_over)
+
+
+def _written_bytes() -> int:
+    """What this process has written so far; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/io").read_text().partition("wchar: ")[2].split()[0])
+    except OSError:
+        return 0
 
 
 def _announce_long_check(folder: Path, report: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ the newest intact checkpoint. Ctrl-C or SIGTERM saves on all of them at the same
   --hang-seconds S   no sign of life for so long, and for 20 usual steps: the process hangs (30)
   --start-seconds S  the same before the second step, which has data, checkpoint and compilation before it (3600)
   --busy-seconds S   the same in a save, an evaluation, or at the end of the run (1800)
-  --grace-seconds S  for saving, after Ctrl-C or SIGTERM (120)
+  --grace-seconds S  after Ctrl-C or SIGTERM, and after the last sign of a save that makes progress (120)
   --deadline-seconds S
                      within which all must have come to the coordinator (MESHGPT_DEADLINE, or 300)"""
 

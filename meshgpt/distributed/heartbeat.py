@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -93,6 +94,11 @@ class Listener:
         state = "is stopped" if stopped else "hangs"
         where = f"while {doing[number]} after step {max(self._last(signs[number]), 0):,}"
         return f"process {number} {state}: no sign of life for {silent[number]:.0f} s {where}{steps}"
+
+    def saving_at(self, signs: Sequence[Sign | None]) -> float:
+        """When `hung` last heard of a process that saves, by the clock; minus infinity where none does."""
+        times = (self._heard[number][1] for number, sign in enumerate(signs) if sign and sign.doing == SAVING)
+        return max(times, default=-math.inf)
 
     def _limit(self, doing: str, between: float, stepping: bool) -> float:
         if doing == STARTING:
