@@ -114,8 +114,8 @@ class Run:
     extend: int = 0
     """Number of further steps for which a finished run goes on after `steps`; `extend_schedule` sets their rate."""
     extend_schedule: Literal["constant", "rewarmed"] = "constant"
-    """Learning rate of the steps of `extend`: constant stays at the rate that the schedule ended with; rewarmed rises to
-    the peak in a tenth of them and decays over the others as the schedule did."""
+    """Learning rate of the steps of `extend`: constant stays at the rate that the schedule ended with; rewarmed rises
+    to the peak in a tenth of them and decays over the others as the schedule did."""
     global_batch: int
     """Number of sequences in a step, over all devices and accumulated microbatches."""
     seq_len: int = 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+INTERRUPTED = "interrupted; the same command goes on from what is done"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,7 +43,7 @@ def exit_code(command: Callable[[], None]) -> int:
     except MachineError as error:
         return _told(f"error: {error}", 4 if isinstance(error, PortTakenError) else 3)
     except KeyboardInterrupt:
-        return _told("\ninterrupted; the same command goes on from what is done", 130)
+        return _told(f"\n{INTERRUPTED}", 130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `meshgpt ... | head`; Python's own last flush must not say so again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

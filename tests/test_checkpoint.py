@@ -164,9 +164,9 @@ def test_nothing_waits_for_the_digests_and_nothing_is_skipped(tmp_path: Path, mo
     gate = threading.Event()
     write = manifest.write_manifest
 
-    def write_slowly(folder: Path) -> None:
-        assert gate.wait(60)
-        write(folder)
+    def write_slowly(folder: Path, **options: Any) -> None:
+        assert gate.wait(300)
+        write(folder, **options)
 
     _saved(tmp_path, 1)
     monkeypatch.setattr(manifest, "write_manifest", write_slowly)
@@ -366,7 +366,7 @@ def test_a_full_disk_ends_in_one_clear_message(small_disk: Path, caplog: pytest.
 def test_a_disk_that_fails_at_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str):
     _saved(tmp_path, 1)
 
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, **_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     with Checkpointer(tmp_path, KEEP_ALL, report=_ignored) as checkpointer:
@@ -449,7 +449,7 @@ def test_killed_in_a_save_the_newest_intact_step_is_exact(tmp_path: Path):
 
 def test_a_process_that_ends_without_close_does_not_hang(tmp_path: Path):
     process = _saving_process(tmp_path, 3)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0
     assert latest_step(tmp_path, _ignored) in (2, 3)
 

@@ -2,11 +2,15 @@ import hashlib
 import json
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pods import Pod
 
 from meshgpt.checkpoint import manifest as digests
+from meshgpt.checkpoint import shared_digests
 
 
 @pytest.fixture
@@ -162,8 +166,60 @@ def test_the_parts_read_each_file_once(folder: Path, monkeypatch: pytest.MonkeyP
     read: list[str] = []
     digest = digests._digest
     monkeypatch.setattr(
-        digests, "_digest", lambda path, durable: read.append(path.name) or digest(path, durable=durable)
+        digests, "_digest", lambda path, moved, durable: read.append(path.name) or digest(path, moved, durable=durable)
     )
     for index in range(3):
         digests.verify(folder, (index, 3))
     assert sorted(read) == ["a", "b", "c", "empty"]
+
+
+def test_several_processes_make_and_check_them_together(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each reads its part; one that is slow is waited for, and what one cannot read process 0 reads."""
+    whole = digests.manifest_path(folder).read_bytes()
+    digests.manifest_path(folder).unlink()
+    pod = Pod(monkeypatch, 3)
+    read: list[tuple[int, str]] = []
+    digest, files = digests._digest, digests.digest_files
+
+    def noting(folder: Path, sizes: dict[str, int], progress: Callable[[], None]) -> digests.Files:
+        number = pod.local.number
+        read.extend((number, path) for path in sizes)
+        if number == 1:
+            time.sleep(0.5)
+        if number == 2:
+            raise digests.DamagedError("a host that does not see the files yet")
+        return files(folder, sizes, progress)
+
+    monkeypatch.setattr(digests, "digest_files", noting)
+    then: list[int] = []
+
+    def write(number: int) -> bool:
+        shared_digests.write_manifest(folder, "meshgpt/digests/1", then=lambda: then.append(number))
+        return digests.manifest_path(folder).exists()
+
+    assert pod.run(write) == [True] * 3  # on each of them it is there when the call returns
+    assert digests.manifest_path(folder).read_bytes() == whole
+    assert then == [0]
+    largest_first = ["a", "params/d/c", "params/b", "params/empty"]
+    assert sorted(read) == sorted([(i % 3, path) for i, path in enumerate(largest_first)] + [(0, "params/b")])
+    assert list(pod.values) == ["meshgpt/digests/1/done"]  # what all have heard is forgotten
+
+    def fail(folder: Path) -> dict[str, int]:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "list_files", fail)
+        said = pod.run(lambda number: shared_digests.write_manifest(folder, "meshgpt/digests/2"))
+    assert said[0] == "[Errno 28] No space left on device"
+    assert said[1] == said[2] == f"process 0 could not complete the checkpoint {folder}: {said[0]}"
+
+    assert digest is digests._digest
+    led = Pod(monkeypatch, 3)
+    (folder / "params/b").write_bytes(b"!")
+
+    def work(verify: Callable[[Path], None]) -> int:
+        with pytest.raises(digests.DamagedError, match="params/b does not match its digest"):
+            verify(folder)
+        return 7
+
+    assert led.run(lambda number: shared_digests.led(folder.parent, work)) == [7, 7, 7]

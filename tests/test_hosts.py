@@ -1,18 +1,15 @@
 """Several processes as one run: where they find each other, what they refuse, and that their number changes nothing."""
 
 import json
-import queue
 import re
 import signal
 import socket
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pods
 import pytest
 import runs
+from pods import Pod
 from runs import Here, Workshop, last_step, wait_for
 
 from meshgpt.config import differences
@@ -100,47 +97,6 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_named(monkeypatch: 
 def refused(placement: Placement, said: str) -> None:
     with pytest.raises(UserError, match=said), hosts.joined(placement, print):
         raise AssertionError("it joined")
-
-
-class Pod:
-    """Processes played by threads, with a key-value store as the coordinator's."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
-        self.local, self.processes = threading.local(), processes
-        self.values: dict[str, str] = {}
-        self.changed = threading.Condition()
-        monkeypatch.setattr(hosts, "several", lambda: True)
-        monkeypatch.setattr(hosts, "_state", lambda: SimpleNamespace(
-            client=self, process_id=self.local.number, num_processes=processes
-        ))  # fmt: skip
-        monkeypatch.setattr(hosts, "_turn", lambda: next(self.local.turns))
-        monkeypatch.setattr(hosts.time, "sleep", lambda seconds: None)
-
-    def key_value_set(self, key: str, value: str) -> None:
-        with self.changed:
-            assert key not in self.values
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
-        with self.changed:
-            assert self.changed.wait_for(lambda: key in self.values, timeout=10), key
-            return self.values[key]
-
-    def run(self, work: Callable[[int], object]) -> list[object]:
-        """What `work(number)` gives or raises on each process."""
-        results: list[queue.Queue[object]] = [queue.Queue() for _ in range(self.processes)]
-
-        def one(number: int) -> None:
-            self.local.number, self.local.turns = number, iter(range(100))
-            try:
-                results[number].put(work(number))
-            except UserError as error:
-                results[number].put(str(error))
-
-        for number in range(self.processes):
-            threading.Thread(target=one, args=(number,), daemon=True).start()
-        return [result.get(timeout=20) for result in results]
 
 
 def test_the_others_wait_for_process_0_and_hear_what_it_refuses(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from meshgpt.config import Data, Run
+from meshgpt.checkpoint import orbax_io
+from meshgpt.config import Data, Run, to_json
 from meshgpt.errors import UserError
 from meshgpt.optim.config import AdamW
 from meshgpt.training.run_folder import RunFolder
@@ -164,3 +165,32 @@ def test_a_full_disk_is_explained_and_other_errors_are_not(tmp_path: Path):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder.metrics))
     with pytest.raises(PermissionError), folder.claimed(RUN, "", print):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("content", ["", '{"run": ', "[]", '{"run": 3}'])
+def test_a_damaged_record_says_what_to_do_and_that_works(tmp_path: Path, content: str):
+    """Deleting it goes on from the checkpoints, which have the configuration; without one, `--resume never` works."""
+    folder = RunFolder(tmp_path / "run")
+    claim(folder)
+    folder.metrics.write_text("")
+    folder.record.write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged.*--resume never: nothing was saved here"):
+        claim(folder)
+    claim(folder, dataclasses.replace(RUN, resume="never"))
+
+    saved = folder.checkpoints / "5" / orbax_io.METADATA / orbax_io.METADATA
+    saved.parent.mkdir(parents=True)
+    saved.write_text(json.dumps({"run": to_json(RUN)}))
+    (folder.checkpoints / "5.digests.json").write_text("{}")
+    folder.record.write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged.*delete this one file.*goes on from the newest check"):
+        claim(folder)
+    folder.record.unlink()
+    other = dataclasses.replace(RUN.model, n_layers=RUN.model.n_layers + 1)
+    with pytest.raises(UserError, match=r"model\.n_layers was"):
+        claim(folder, dataclasses.replace(RUN, model=other))
+    assert folder.read_run() == RUN
+    assert not folder.record.exists()
+    claim(folder)
+    assert folder.read_run() == RUN
+    assert folder.finished_step() is None

@@ -158,6 +158,18 @@ def test_a_signal_is_passed_on_and_all_end_saved(tmp_path: Path, number: int):
     assert not (tmp_path / "run" / "restarts.jsonl").exists()
 
 
+def test_a_save_that_makes_progress_is_not_killed_after_its_grace(tmp_path: Path):
+    fault = """if step == 3 and number == 0:
+    os.kill(os.getppid(), signal.SIGTERM)
+    with pulse.busy("saving"):
+        for _ in range(40):
+            time.sleep(0.05)
+            pulse.alive()"""
+    launched = Launched(tmp_path, fault, patience=Patience(poll=0.01, grace=1.0))
+    assert launched.supervisor.run() == 0
+    assert (tmp_path / "stopped-0").exists()
+
+
 def test_one_that_ignores_the_signal_is_killed_after_its_grace(tmp_path: Path):
     patience = Patience(grace=0.3, poll=0.01)
     launched = Launched(tmp_path, "while True: time.sleep(1)", processes=2, patience=patience)

@@ -19,7 +19,6 @@ from runs import Here, Workshop, assert_same_end, copied, drop_checkpoint, last_
 
 from meshgpt import train
 from meshgpt.config import Run, to_json
-from meshgpt.training import loop
 from meshgpt.training.run_folder import RunFolder
 
 KEYS = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
@@ -401,18 +400,6 @@ def test_a_recipe_is_needed(here: Here, tmp_path: Path):
     here.train().refused("which recipe?", "configs/quickstart.py")
     here.train(tmp_path / "none.py").refused("none.py", "configs/quickstart.py")
     assert here.train("--help").code == 0
-
-
-def test_a_second_ctrl_c_does_not_wait():
-    with loop.stop_requests() as stop:
-        assert not stop(1)
-        signal.raise_signal(signal.SIGINT)
-        assert stop(1)
-        signal.raise_signal(signal.SIGTERM)  # asks for the same again
-        assert stop(1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_record_can_be_read_back(on_eight: Path):

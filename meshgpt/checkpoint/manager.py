@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from meshgpt.checkpoint import manifest, orbax_io
+from meshgpt.checkpoint import manifest, orbax_io, shared_digests
+from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 from meshgpt.settings import settings
 from meshgpt.trees import Tree
@@ -34,10 +33,12 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 _LONG_CHECK_BYTES = 4 * 10**9
 _LONG_WAIT_SECONDS = 1.0
+_LOOK_SECONDS = 2.0  # between two looks at whether a save makes progress
+_MUCH_BYTES = 1 << 20  # written between two looks: more than signs of life and logs are
 _LEAVING_SECONDS = 5.0
+_WRITING_SECONDS = 7 * 24 * 3600  # orbax gives up on a save after 20 minutes, however much is written meanwhile
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NONE, _DAMAGED = -1, -2  # in place of a step, where process 0 tells the others
-_VERIFY, _RESULT = 0, 1  # what process 0 tells the others: a step to verify with it, or what came of all
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -67,15 +68,30 @@ class Checkpointing:
 class Checkpointer:
     """The one writer of a checkpoint folder. Readers use `latest_step`, `restore_params` and `read_metadata`.
 
-    With several processes each calls every method; process 0 writes the digests and deletes old steps, all check them.
+    With several processes each calls every method; all make and check digests, each of its part of the files, and
+    process 0 writes the manifest and deletes old steps. A save is complete on all of them at the same time.
     """
 
-    def __init__(self, folder: Path, config: Checkpointing, *, report: Callable[[str], None]):
-        """Removes what an interrupted save left in `folder`; `report` receives one line for the user at a time."""
+    def __init__(
+        self,
+        folder: Path,
+        config: Checkpointing,
+        *,
+        report: Callable[[str], None],
+        alive: Callable[[], None] = lambda: None,
+    ):
+        """Removes what an interrupted save left in `folder`.
+
+        Args:
+            report: receives one line for the user at a time.
+            alive: is called in this thread while what it waits for makes progress, which may take longer than a
+                supervisor is patient.
+        """
         self._folder = folder.absolute()
         self._config = config
-        self._report = report
+        self._report, self._alive = report, alive
         self._thread: threading.Thread | None = None
+        self._progress = threading.Event()  # of the save under way, since `wait` last looked
         self._failure: Exception | None = None
         self._at: int | None = None  # the step that the folder is known to hold: last saved or restored
         self._verified: set[int] = set()
@@ -87,8 +103,9 @@ class Checkpointer:
                 _remove_leftovers(self._folder)
             except OSError as error:
                 _raise_explained(error, self._folder)
-        _barrier("checkpoint folder is clean")
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        processes.meet()
+        patient = ocp.options.AsyncOptions(timeout_secs=_WRITING_SECONDS)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=patient)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -132,7 +149,8 @@ class Checkpointer:
         self._at = step
         self._damaged.discard(step)
         self._verified.discard(step)
-        self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint digests", daemon=True)
+        name = f"meshgpt/digests/{processes.turn()}"  # here: the turns of a thread would not agree
+        self._thread = threading.Thread(target=self._finish, args=(step, name), name="checkpoint digests", daemon=True)
         self._thread.start()
 
     def latest(self) -> int | None:
@@ -146,16 +164,16 @@ class Checkpointer:
         self.wait()
         problem = UserError("no intact checkpoint: process 0 has the reason")
 
-        def find() -> int:
+        def find(verify: Callable[[Path], None]) -> int:
             nonlocal problem
             try:
-                found, self._damaged = _find_intact(self._folder, self._report, _verify_together)
+                found, self._damaged = _find_intact(self._folder, self._report, verify)
                 return _NONE if found is None else found
             except UserError as error:
                 problem = error
                 return _DAMAGED
 
-        newest = _led(self._folder, find)
+        newest = shared_digests.led(self._folder, find, self._alive)
         self._verified = {newest}
         if newest == _DAMAGED:
             raise problem
@@ -189,7 +207,13 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when the last save is complete, digests included. Raises what went wrong with it, once."""
         if self._thread is not None:
-            self._thread.join()
+            written = _written_bytes()
+            while self._thread.is_alive():
+                self._thread.join(_LOOK_SECONDS)
+                before, written = written, _written_bytes()
+                if self._progress.is_set() or written - before > _MUCH_BYTES:
+                    self._progress.clear()
+                    self._alive()
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -206,25 +230,25 @@ class Checkpointer:
     def _verify(self, step: int) -> None:
         damage = "process 0 has the reason"
 
-        def verify() -> int:
+        def check(verify: Callable[[Path], None]) -> int:
             nonlocal damage
             try:
-                _verify_together(self._folder / str(step))
+                verify(self._folder / str(step))
             except manifest.DamagedError as error:
                 damage = str(error)
                 return _DAMAGED
             return step
 
-        if _led(self._folder, verify) == _DAMAGED:
+        if shared_digests.led(self._folder, check, self._alive) == _DAMAGED:
             raise _damaged_step(self._folder, step, damage)
         self._verified.add(step)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, name: str) -> None:
         try:
             self._orbax.wait_until_finished()  # on all processes
-            if jax.process_index() == 0:
-                manifest.write_manifest(self._folder / str(step))
-                self._delete_old(step)
+            shared_digests.write_manifest(
+                self._folder / str(step), name, then=lambda: self._delete_old(step), progress=self._progress.set
+            )
         except Exception as failure:  # whatever it is, wait() raises it in the thread of the training loop
             self._failure = failure
 
@@ -284,6 +308,14 @@ def _find_intact(
     if completed:
         raise _damaged_step(folder, completed[-1], passed_over[completed[-1]])
     return None, set(passed_over)
+
+
+def _written_bytes() -> int:
+    """What this process has written so far; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/io").read_text().partition("wchar: ")[2].split()[0])
+    except OSError:
+        return 0
 
 
 def _announce_long_check(folder: Path, report: Callable[[str], None]) -> None:
@@ -359,43 +391,3 @@ def _unless_loop_closed(report: Callable[[Any], object], unraisable: Any) -> Non
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _led(folder: Path, work: Callable[[], int]) -> int:
-    """What `work` gives on process 0, on all of them; the others help wherever it calls `_verify_together`."""
-    if jax.process_count() == 1:
-        return work()
-    if jax.process_index() == 0:
-        result = work()
-        multihost_utils.broadcast_one_to_all(np.array([_RESULT, result], np.int32))
-        return result
-    while True:
-        kind, number = multihost_utils.broadcast_one_to_all(np.zeros(2, np.int32)).tolist()
-        if kind == _RESULT:
-            return number
-        _verify_part(folder / str(number))
-
-
-def _verify_together(step_folder: Path) -> None:
-    """`digests.verify` on process 0, within `_led`: each process reads a part of the files."""
-    if jax.process_count() > 1:
-        multihost_utils.broadcast_one_to_all(np.array([_VERIFY, int(step_folder.name)], np.int32))
-        if _verify_part(step_folder):
-            return
-    # Alone; or for the words of what is wrong, unless another host was only late to see the newest files.
-    manifest.verify(step_folder)
-
-
-def _verify_part(step_folder: Path) -> bool:
-    """Whether no process found damage in its part."""
-    try:
-        manifest.verify(step_folder, (jax.process_index(), jax.process_count()))
-        damaged = False
-    except manifest.DamagedError:
-        damaged = True
-    return not multihost_utils.process_allgather(np.array(damaged)).any()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meshgpt import recipe, runtime
+from meshgpt.atomic import write_atomically
 from meshgpt.chaos import proof
 from meshgpt.chaos.disk import Disk, small_disk
 from meshgpt.chaos.faults import Fault, Injector, plan
@@ -140,7 +141,7 @@ def chaos(arguments: Sequence[str]) -> int:
         shutil.copytree(disk.path, out / "disturbed", ignore=shutil.ignore_patterns("filler"))
     verdict = {"seed": asked.seed, "held": held, "failed": failed, "restarts": trial.restarts}
     verdict |= {"seconds": round(time.monotonic() - begun, 1), "faults": trial.faults}
-    (out / "chaos.json").write_text(json_text(verdict, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / "chaos.json", json_text(verdict, indent=1) + "\n")
     counted = collections.Counter(fault["kind"] for fault in trial.faults)
     print("; ".join(f"{count} x {kind}" for kind, count in sorted(counted.items())))
     print(f"{len(trial.faults)} faults, {trial.restarts} restarts, {duration(time.monotonic() - begun)}")

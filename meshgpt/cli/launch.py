@@ -42,7 +42,7 @@ class Arguments:
     busy_seconds: float = Silence.busy
     """The same in seconds during a save, an evaluation, or at the end of the run."""
     grace_seconds: float = Patience.grace
-    """Seconds for saving, after Ctrl-C or SIGTERM."""
+    """Seconds for saving after Ctrl-C or SIGTERM, counted from the last sign of a save that makes progress."""
     deadline: float = dataclasses.field(default=Patience.deadline, metadata={OTHER_NAMES: ("deadline_seconds",)})
     """Seconds within which all processes must have come to the coordinator; 0 takes MESHGPT_DEADLINE, or 300."""
 

@@ -11,12 +11,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from meshgpt.convert import safetensor
 from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import fetch
 from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
+from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 from meshgpt.models.lora import factors
 from meshgpt.models.trainable import LoRA
@@ -71,7 +71,7 @@ def export_adapter(
                     writer.add(name, array)
             text = json_text(_config_json(modules, part, base), indent=2, sort_keys=True)
             (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        multihost_utils.sync_global_devices("adapter written")
+        processes.meet()
         for name, entry in safetensor.read_header(folder / WEIGHTS).items():
             if entry.map().tobytes() != tensors[name].tobytes():
                 raise UserError(f"{folder / WEIGHTS}: {name} reads back as something else; not exported")

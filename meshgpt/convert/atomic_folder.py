@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
+from meshgpt.atomic import rename_folder
+from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 
 _SPARE_BYTES = 64_000_000  # tokenizer, JSON and what the file system needs for itself
@@ -33,10 +34,10 @@ def staged(out: Path, total: int, *, marker: str, replace: bool) -> Iterator[Pat
     if first():
         _check_free(out, marker=marker, replace=replace)
         _make(folder, total)
-    multihost_utils.sync_global_devices("export folder made")
+    processes.meet()
     try:
         yield folder
-        multihost_utils.sync_global_devices("export compared")
+        processes.meet()
         if first():
             _rename(folder, out)
     except OSError as error:
@@ -77,5 +78,5 @@ def _rename(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    folder.rename(out)
+    rename_folder(folder, out)
     shutil.rmtree(old, ignore_errors=True)

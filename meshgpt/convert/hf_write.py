@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from meshgpt import trees
 from meshgpt.convert import safetensor
@@ -20,6 +19,7 @@ from meshgpt.convert.tensors import INDEX, SINGLE
 from meshgpt.convert.tokenizer import save_tokenizer
 from meshgpt.convert.verify import Probe, Verdict, read_back
 from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 from meshgpt.settings import json_text
 
@@ -79,7 +79,7 @@ def export(
             write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
             write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
             notes = save_tokenizer(tokenizer, folder, probe.tokens_BT)
-        multihost_utils.sync_global_devices("export written")
+        processes.meet()
         verdict = read_back(folder, params, config, probe, release=release)
         return dataclasses.replace(verdict, notes=notes)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from meshgpt import trees
 from meshgpt.convert import mesh_transformer_read
@@ -17,6 +16,7 @@ from meshgpt.convert.gather import live_tensors
 from meshgpt.convert.hf_names import stored_tensors
 from meshgpt.convert.safetensor import DTYPES
 from meshgpt.convert.verify import compare_tensors
+from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.settings import json_text
@@ -57,7 +57,7 @@ def export_mtj(
         else:
             for _ in leaves:  # takes part in the gathering
                 pass
-        multihost_utils.sync_global_devices("export written")
+        processes.meet()
         found = mesh_transformer_read.read(folder)
         compare_tensors(found.tensors, params, config)
         if moments is not None and found.adam is not None:

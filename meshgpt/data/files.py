@@ -1,7 +1,6 @@
-"""Files: their digests, and replacing one whole."""
+"""Files: their contents in pieces, and their digests."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +20,3 @@ def file_sha256(path: Path) -> str:
     for data in chunks(path):
         digest.update(data)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that it is either the old or the new one, even after a power failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshgpt.data.files import file_sha256, write_atomically
+from meshgpt.atomic import replacing, write_atomically
+from meshgpt.data.files import file_sha256
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
 from meshgpt.settings import json_text
@@ -68,8 +69,9 @@ def pack(store: Store, seq_len: int) -> Packing:
     files = plan_files(store.folder, split.name, seq_len)
     try:
         files.index.unlink(missing_ok=True)
-        np.save(files.pieces, pieces)
-        np.save(files.offsets, offsets)
+        for path, array in ((files.pieces, pieces), (files.offsets, offsets)):
+            with replacing(path) as scratch, scratch.open("wb") as file:
+                np.save(file, array)
         index = {
             "store": store.digest,
             "seq_len": seq_len,

@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from meshgpt.atomic import rename_folder, write_atomically
 from meshgpt.data.documents import Rules, documents
-from meshgpt.data.files import write_atomically
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
@@ -266,7 +266,7 @@ def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Pr
     temporary = folder.with_name("tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
-    os.replace(temporary, folder)
+    rename_folder(temporary, folder)
     return load_tokenizer(folder)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from meshgpt.atomic import write_atomically
 from meshgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class ByteLevelBPE(Tokenizer):
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
+        write_atomically(folder / "tokenizer.json", self._json)
         _save_transformers_config(folder, self._eot_token, self._eot_token)
 
 
@@ -212,10 +213,10 @@ class SentencePiece(Tokenizer):
         """Writes tokenizer.model, and tokenizer.json where an exact one exists (BPE models that do not normalise)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self._model)
+        write_atomically(folder / "tokenizer.model", self._model)
         backend = _sentencepiece_backend(self._model, self._processor)
         if backend is not None:
-            (folder / "tokenizer.json").write_text(_canonical(backend), encoding="utf-8")
+            write_atomically(folder / "tokenizer.json", _canonical(backend))
             _save_transformers_config(folder, self._eot_token, self._processor.IdToPiece(self._processor.unk_id()))
 
 
@@ -428,5 +429,5 @@ def _save_transformers_config(folder: Path, eot_token: str, unk_token: str) -> N
     """What ``AutoTokenizer`` needs beside tokenizer.json."""
     special = {"bos_token": eot_token, "eos_token": eot_token, "unk_token": unk_token}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    write_atomically(folder / "special_tokens_map.json", json.dumps(special, indent=1) + "\n")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from meshgpt.atomic import replacing, write_atomically
 from meshgpt.data.documents import Fragment
-from meshgpt.data.files import chunks, file_sha256, write_atomically
+from meshgpt.data.files import chunks, file_sha256
 from meshgpt.data.sources import Position, ReadBlock
 from meshgpt.data.worker import DOCUMENT, SHOWN_BAD, SPLITS, SplitPart, Tokenized
 from meshgpt.settings import json_text
@@ -149,7 +150,7 @@ class SplitWriter:
             self._shard.path.unlink()
         self._table.close()
         table = self._folder / f"{self._split}.documents.npy"
-        with open(table, "wb") as out:
+        with replacing(table) as scratch, scratch.open("wb") as out:
             header = {"descr": DOCUMENT.descr, "fortran_order": False, "shape": (num_documents,)}
             np.lib.format.write_array_header_1_0(out, header)
             for data in chunks(self._table.path):

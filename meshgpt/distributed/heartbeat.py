@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from meshgpt.atomic import write_atomically
 from meshgpt.settings import json_text, settings
 
 VARIABLE = "MESHGPT_LAUNCH"
@@ -92,6 +94,11 @@ class Listener:
         state = "is stopped" if stopped else "hangs"
         where = f"while {doing[number]} after step {max(self._last(signs[number]), 0):,}"
         return f"process {number} {state}: no sign of life for {silent[number]:.0f} s {where}{steps}"
+
+    def saving_at(self, signs: Sequence[Sign | None]) -> float:
+        """When `hung` last heard of a process that saves, by the clock; minus infinity where none does."""
+        times = (self._heard[number][1] for number, sign in enumerate(signs) if sign and sign.doing == SAVING)
+        return max(times, default=-math.inf)
 
     def _limit(self, doing: str, between: float, stepping: bool) -> float:
         if doing == STARTING:
@@ -172,6 +179,10 @@ class Pulse:
         else:
             self._write(last=step)
 
+    def alive(self) -> None:
+        """Says that what takes long is making progress."""
+        self._write()
+
     @contextlib.contextmanager
     def busy(self, doing: str) -> Iterator[None]:
         """Says that the process is at something else than a step, which may take longer and is not a step's time."""
@@ -211,10 +222,8 @@ class Pulse:
         self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, **changed)  # type: ignore[arg-type]
         if self._path is None:
             return
-        scratch = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk for temporary files is no reason to stop training
-            scratch.write_text(json_text(dataclasses.asdict(self._sign)), encoding="ascii")
-            os.replace(scratch, self._path)
+            write_atomically(self._path, json_text(dataclasses.asdict(self._sign)), durable=False)
 
 
 def _end_with(supervisor: int) -> None:

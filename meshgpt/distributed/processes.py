@@ -1,4 +1,4 @@
-"""Several processes as one run: they find each other, agree on what they run, and stop at the same step.
+"""Several processes as one run: they find each other, agree on what they run, and end together.
 
 Cloud TPU, SLURM, GKE and Open MPI are found by JAX's own cluster detection. Anything else says it by flags or by the
 environment, `--coordinator` or MESHGPT_COORDINATOR and so on (`Placement`). One process needs none of this.
@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import socket
 import sys
 import threading
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax.experimental import multihost_utils
 
 import meshgpt
+from meshgpt.distributed import stopping
 from meshgpt.errors import MachineError, PortTakenError, UserError, flush_output
 from meshgpt.settings import settings
 
@@ -50,8 +49,8 @@ HELP = "\n".join(
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 _HEARTBEAT_SECONDS = 60  # a host that says nothing for so long is taken for dead
 _SHARED_SECONDS = 60.0  # a network file system may show a new file that late
-_LONG = 24 * 3600 * 1000  # milliseconds that processes wait while process 0 prepares data
-_turn = itertools.count().__next__  # every process takes the same turns in the same order, so their numbers agree
+_PIECE = 2000  # milliseconds of a wait for another process, which is repeated for as long as it takes
+turn = itertools.count().__next__  # every process takes the same turns in the same order, so their numbers agree
 
 
 @settings()
@@ -146,20 +145,33 @@ def _detect(deadline: float) -> tuple[str, int, int] | None:
 
 @contextlib.contextmanager
 def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Within it this process is one of those of `place`; does nothing for None.
+    """Within it this process is one of those of `place`, or alone for None, and stops as `stopping` says.
 
-    An exception that nothing explains ends the process at once, with code 1: JAX would wait for the others,
+    It is left when all processes have come to its end: JAX's own wait, at the end of a process, gives up after five
+    minutes. An exception that nothing explains ends the process at once, with code 1: JAX would wait for the others,
     which wait for this one.
 
     Raises:
       UserError: the port is in use (PortTakenError with MESHGPT_ANY_PORT), or the address is not this machine's.
+      KeyboardInterrupt: a stop was asked for before anything was done that has to be saved.
     """
-    if place is None:
-        yield
-        return
+    with stopping.listening():
+        try:
+            with contextlib.nullcontext() if place is None else _session(place, say):
+                yield
+        except KeyboardInterrupt:
+            if (text := stopping.saved_text()) is None:
+                raise
+            if text:
+                say(text)
+
+
+@contextlib.contextmanager
+def _session(place: Placement, say: Callable[[str], None]) -> Iterator[None]:
     if place.process_id == 0:
         _check_address(place)
         say(f"waiting for {place.processes - 1} more processes at {place.coordinator} (at most {place.deadline:g} s)")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `stopping`
     with _watched(place):
         jax.distributed.initialize(
             place.coordinator,
@@ -170,10 +182,10 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
             initialization_timeout=int(place.deadline) + 3600,  # `_watched` ends it in words; JAX by an abort
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    # Ctrl-C means what SIGTERM means, so that it stops all processes at the same step.
-    signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    stopping.join(_store(), place.process_id, place.processes)
     try:
         yield
+        meet()
     except (UserError, MachineError, KeyboardInterrupt):
         raise
     except Exception:  # whatever it is, the others would wait for this process
@@ -184,9 +196,11 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
 
 def leave(code: int) -> int:
     """`code`, for a process that goes alone or with all others; ends one that others may wait for at once."""
-    if code == 0 or not several():
+    if not several() or (code == 0 and not stopping.leaving()):
         return code
     flush_output()
+    if stopping.leaving():
+        stopping.say_farewell()
     os._exit(code)
 
 
@@ -266,34 +280,70 @@ def first_then_others(first: Callable[[], T], others: Callable[[], T]) -> T:
     """
     if not several():
         return first()
-    key = f"meshgpt/turn/{_turn()}"
-    if _number_here():
-        said = _store().blocking_key_value_get(key, _LONG)
-        if said:
-            raise UserError(f"process 0 cannot go on: {said}")
+    key = f"meshgpt/turn/{turn()}"
+    if number():
+        _accept(awaited(key), "process 0 cannot go on: ")
         return others()
     try:
         result = first()
-    except UserError as error:
-        _refuse(key, str(error))
+    except (UserError, MachineError) as error:
+        _refuse(key, error)
         raise
-    _store().key_value_set(key, "")
+    publish(key, "")
     return result
 
 
-def _refuse(key: str, message: str) -> None:
-    _store().key_value_set(key, message or "no reason given")
+def _refuse(key: str, error: UserError | MachineError) -> None:
+    publish(key, f"{type(error).__name__}: {error}")
     time.sleep(2)  # the store ends with this process, and the others have to hear it first
+
+
+def _accept(said: str, before: str = "") -> None:
+    """Raises what `_refuse` was given elsewhere, if anything."""
+    kind, _, message = said.partition(": ")
+    if kind:
+        raise (UserError if kind == UserError.__name__ else MachineError)(f"{before}{message}")
+
+
+def meet() -> None:
+    """Returns when all processes have come here, however long one takes."""
+    if several():
+        _settle("meeting", "")
+
+
+def publish(key: str, text: str) -> None:
+    """Lets every process hear `text` under a new key, and so of one that the run has not used."""
+    _store().key_value_set(key, text)
+
+
+def awaited(key: str, waiting: Callable[[], None] = lambda: None) -> str:
+    """What a process published under `key`, whenever it does.
+
+    It is asked for again and again: signals are heard meanwhile, and `waiting` is called. If the other process ends
+    without it, JAX ends this one.
+    """
+    while True:
+        try:
+            return _store().blocking_key_value_get(key, _PIECE)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        waiting()
+
+
+def forget(key: str) -> None:
+    """Removes what was published under `key`, once all who await it have heard it."""
+    _store().key_value_delete(key)
 
 
 def told(name: str, text: str, seconds: float = 1.0) -> dict[int, str]:
     """On process 0, what each process says under a new name, but for those later than `seconds`; {} elsewhere."""
     key, store = f"meshgpt/told/{name}/", _store()
-    store.key_value_set(f"{key}{_number_here()}", text)
-    if _number_here():
+    store.key_value_set(f"{key}{number()}", text)
+    if number():
         return {}
     until = time.monotonic() + seconds
-    while len(found := store.key_value_dir_get(key)) < _state().num_processes and time.monotonic() < until:
+    while len(found := store.key_value_dir_get(key)) < count() and time.monotonic() < until:
         time.sleep(0.002)
     store.key_value_delete(key)
     return {int(path.rpartition("/")[2]): said for path, said in found}
@@ -364,30 +414,31 @@ def _digest(file: Path) -> str:
 
 def _published(name: str, value: Callable[[], str]) -> str:
     """What process 0 says."""
-    key = f"meshgpt/{name}/{_turn()}"
-    if _number_here() == 0:
+    key = f"meshgpt/{name}/{turn()}"
+    if number() == 0:
         text = value()
-        _store().key_value_set(key, text)
+        publish(key, text)
         return text
-    return _store().blocking_key_value_get(key, _LONG)
+    return awaited(key)
 
 
 def _settle(name: str, complaint: str) -> None:
     """Raises UserError on every process if one of them complains."""
-    key, number = f"meshgpt/{name}/{_turn()}", _number_here()
-    complaint = complaint and f"process {number} on {socket.gethostname()} {complaint}"
-    _store().key_value_set(f"{key}/{number}", complaint)
+    key, own = f"meshgpt/{name}/{turn()}", number()
+    complaint = complaint and f"process {own} on {socket.gethostname()} {complaint}"
+    publish(f"{key}/{own}", complaint)
     verdict = f"{key}/verdict"
-    if number == 0:
-        said = [_store().blocking_key_value_get(f"{key}/{other}", _LONG) for other in range(_state().num_processes)]
+    if own == 0:
+        said = [awaited(f"{key}/{other}") for other in range(count())]
         said = [text for text in said if text]
         if said:
             more = f" (and {len(said) - 1} more processes)" if len(said) > 1 else ""
-            _refuse(verdict, said[0] + more)
-            raise UserError(said[0] + more)
-        _store().key_value_set(verdict, "")
-    elif text := _store().blocking_key_value_get(verdict, _LONG):
-        raise UserError(text)
+            error = UserError(said[0] + more)
+            _refuse(verdict, error)
+            raise error
+        publish(verdict, "")
+    else:
+        _accept(awaited(verdict))
 
 
 def _state() -> Any:
@@ -400,11 +451,11 @@ def _store() -> Any:
     return _state().client
 
 
-def _number_here() -> int:
+def count() -> int:
+    """How many processes there are."""
+    return _state().num_processes
+
+
+def number() -> int:
     """This process's number, without starting the devices as `jax.process_index` does."""
     return _state().process_id
-
-
-def asked_to_stop(step: int) -> bool:
-    """Whether all processes stop after `step`, because one of them got SIGTERM. Each asks at every step."""
-    return multihost_utils.reached_preemption_sync_point(step)

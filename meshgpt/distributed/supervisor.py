@@ -35,9 +35,9 @@ class Patience:
     """When to act. Times in seconds.
 
     max_restarts: in a row without a checkpoint gained, before giving up. silence: that of a process that hangs.
-    grace: for saving, after SIGTERM. pause: before the first restart, twice as long before the second that gains
-    nothing, and so on. poll: between two looks. deadline: the processes' own, within which all must have found each
-    other; 0 leaves it to the environment.
+    grace: after SIGTERM, and after the last sign of a save that makes progress. pause: before the first restart, twice
+    as long before the second that gains nothing, and so on. poll: between two looks. deadline: the processes' own,
+    within which all must have found each other; 0 leaves it to the environment.
     """
 
     max_restarts: int = 5
@@ -218,10 +218,11 @@ class Supervisor:
                 passed_on = True
                 for process in running:
                     process.terminate()
-            if self._impatient or (passed_on and time.monotonic() - self._stopping > self._patience.grace):
-                return 1, "the processes were killed before they had saved"
             if hung := listener.hung(signs, running):
                 return 1, hung
+            since = max(self._stopping, listener.saving_at(signs))
+            if self._impatient or (passed_on and time.monotonic() - since > self._patience.grace):
+                return 1, "the processes were killed before they had saved"
             time.sleep(self._patience.poll)
 
     def _wait_for_all(self, running: list[subprocess.Popen[bytes]]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.distributed import stopping
 from meshgpt.errors import UserError
 from meshgpt.evals.requests import pair_requests, windows
 from meshgpt.evals.scoring import Progress, Scorer
@@ -83,6 +84,7 @@ class Answers:
             rows = self._scorer.rows(self._scorer.context)
             for start in range(0, len(indices), rows):
                 part = indices[start : start + rows]
+                stopping.check()
                 for index, text in zip(part, generation([encoded[index] for index in part]), strict=True):
                     found[index] = text
                 done += len(part)

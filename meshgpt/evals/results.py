@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshgpt.data.files import write_atomically
+from meshgpt.atomic import write_atomically
 from meshgpt.errors import UserError
 from meshgpt.evals.choices import Accuracy
 from meshgpt.evals.perplexity import Perplexity

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from meshgpt.distributed import stopping
 from meshgpt.distributed.batch import Feed, fetch
 from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
@@ -109,6 +110,7 @@ class Scorer:
         order = _longest_first(fitted)
         total = len(order)
         for batch in batches(order, fitted, self.context, self.rows):
+            stopping.check()
             dispatched = self._dispatch([fitted[index] for index in batch.indices], batch, allowed_V)
             collect()
             pending = batch, dispatched

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from meshgpt import flags
+from meshgpt.atomic import replacing
 from meshgpt.errors import UserError
 from meshgpt.optim.config import Constant, InverseSqrt
 from meshgpt.planning.scaling_laws import Counting, Fit, Points, fit
@@ -183,7 +184,8 @@ def draw(found: Fit, points: Points, predictions: Sequence[Prediction], out: Pat
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Software": None})
+    with replacing(out) as scratch:
+        figure.savefig(scratch, format=out.suffix[1:] or "png", metadata={"Software": None})
 
 
 def _curves(axes: Axes, found: Fit, points: Points, predictions: Sequence[Prediction]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from meshgpt.atomic import replacing
 from meshgpt.training.loss_curve import INK, fit_axes, plain_label, style_axes
 
 if TYPE_CHECKING:
@@ -42,4 +43,5 @@ def draw_panel(panel: Panel, out_png: Path) -> None:
     out_png.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")  # a run's name may be in any script
-        figure.savefig(out_png, metadata={"Software": None})
+        with replacing(out_png) as scratch:
+            figure.savefig(scratch, format="png", metadata={"Software": None})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from meshgpt.atomic import write_atomically
 from meshgpt.errors import UserError
 from meshgpt.report.blocks import Block, Figure, Heading, to_markdown
 from meshgpt.report.card import CardOptions, card
@@ -57,14 +57,7 @@ def write_report(runs: Sequence[Facts], out: Path, options: CardOptions) -> list
         front = front_matter(runs[0], options) if len(runs) == 1 else ""
         texts = {"README.md": front + to_markdown(blocks, PLOTS), "report.html": page(title, blocks, drawn)}
         for name, text in texts.items():
-            _replace(out / name, text)
+            write_atomically(out / name, text)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror}; give another --out") from error
     return [out / "README.md", out / "report.html", *plots]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes in one piece, so that a reader never sees half of it."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

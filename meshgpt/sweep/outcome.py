@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from meshgpt.atomic import write_atomically
 from meshgpt.report.card import CardOptions
 from meshgpt.report.write import read_runs, write_report
 from meshgpt.sweep.picture import draw
@@ -21,7 +22,7 @@ def conclude(sweep: Sweep, axes: Sequence[Axis]) -> list[str]:
     if best is None:
         return lines
     recipe = sweep.folder / "best.py"
-    recipe.write_text(as_recipe(sweep, best), encoding="utf-8")
+    write_atomically(recipe, as_recipe(sweep, best))
     picture = sweep.folder / "sweep.png"
     draw(picture, sweep.plan.metric, {axis.flag: _columns(axis, scored) for axis in axes}, sweep.plan.maximize)
     last = [trial for trial in scored if trial.rung == best.rung][:_COMPARED]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from meshgpt.atomic import replacing
 from meshgpt.training.loss_curve import INK, TRAIN, VALIDATION
 
 
@@ -29,7 +30,8 @@ def draw(path: Path, metric: str, columns: Mapping[str, tuple[list[str], list[fl
         axes.grid(alpha=0.2)
     panels[0].set_ylabel(metric, color=INK)
     panels[0].legend(frameon=False, title="best")
-    figure.savefig(path, metadata={"Software": None})
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png", metadata={"Software": None})
 
 
 def _numbers(values: list[str]) -> list[float] | None:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from meshgpt.data.files import write_atomically
+from meshgpt.atomic import write_atomically
 from meshgpt.errors import UserError
 from meshgpt.settings import json_text, settings
 from meshgpt.sweep.space import Point

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshgpt.atomic import write_atomically
 from meshgpt.config import Run
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.data.files import write_atomically
 from meshgpt.data.mixture import Schedule, Source, Stage, check_stages
 from meshgpt.data.pipeline import Batches, EvalBatches
 from meshgpt.data.prepare import StoreDiffersError, prepare

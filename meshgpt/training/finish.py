@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from meshgpt import convert
+from meshgpt.atomic import write_atomically
 from meshgpt.config import Run
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def write_samples(run: Run, folder: RunFolder, model: Model, params: Tree, token
         for text in several
     ]
     if jax.process_index() == 0:
-        folder.samples.write_text("\n".join(blocks), encoding="utf-8")
+        write_atomically(folder.samples, "\n".join(blocks))
     return "\n".join(blocks)
 
 

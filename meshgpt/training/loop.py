@@ -5,7 +5,6 @@ The host stays one step behind the devices: a step is dispatched before the figu
 
 import dataclasses
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +18,12 @@ import numpy as np
 from meshgpt import runtime
 from meshgpt.checkpoint.manager import Checkpointer
 from meshgpt.config import Run, to_json
-from meshgpt.distributed import processes
+from meshgpt.distributed import processes, stopping
 from meshgpt.distributed.batch import Feed
 from meshgpt.distributed.heartbeat import EVALUATING, FINISHING, SAVING, Pulse
 from meshgpt.distributed.mesh import make_mesh
 from meshgpt.distributed.replicas import ReplicaCheck
+from meshgpt.distributed.stopping import StopRequests
 from meshgpt.distributed.stragglers import Pace
 from meshgpt.errors import UserError
 from meshgpt.models import flops
@@ -45,18 +45,23 @@ from meshgpt.training.trackers import Console, JsonLines, Several
 from meshgpt.training.validation import Validation, open_validation
 from meshgpt.trees import Tree
 
+_EVALUATION_OWED = "evaluation_owed"  # in a checkpoint's metadata: its step was stopped in its evaluation
+
 
 def train(run: Run, command: str = "") -> None:
     """Trains, resuming where the run's folder allows, and leaves everything in that folder.
 
     Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
+
+    Raises:
+      KeyboardInterrupt: they did so while nothing was to be saved: before the first step, or at the run's end.
     """
     folder = RunFolder(Path(run.run_dir))
     run = with_teacher(adopt(run, folder))
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
     say, pulse = print_line if jax.process_index() == 0 else _silent, Pulse()
-    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say)
+    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say, alive=pulse.alive)
     with claimed(folder, run, command, say), jax.set_mesh(mesh), checkpointer() as checkpoints:
         point = newest(run, checkpoints)
         sizes = batch_sizes(run, point)
@@ -81,20 +86,20 @@ def train(run: Run, command: str = "") -> None:
             say(_finished_already(run, folder, int(state.step)))
             return
         replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
-        state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse)
-        step = int(state.step)
-        replicas.compare(step, state.items())
-        with pulse.busy(SAVING):
-            checkpoints.save(step, state.items(), loop.metadata)
-            checkpoints.wait()
-        if stopped:
-            say(f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}")
-            return
-        with pulse.busy(FINISHING):
-            params = run.trainable.merged(state.params, loop.frozen)
-            finish(run, folder, loop.program.model, params, tokenizer, data.first_store, say)
-            if jax.process_index() == 0:
-                folder.mark_finished(step)
+        owed = point is not None and bool(point.metadata.get(_EVALUATION_OWED))
+        with stopping.deferred() as stop:
+            state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse, stop, evaluate_first=owed)
+            step = int(state.step)
+            saved = f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}"
+            if stopped:
+                say(saved)
+                return
+            stop.saved(saved if jax.process_index() == 0 else "")
+            with pulse.busy(FINISHING):
+                params = run.trainable.merged(state.params, loop.frozen)
+                finish(run, folder, loop.program.model, params, tokenizer, data.first_store, say)
+                if jax.process_index() == 0:
+                    folder.mark_finished(step)
 
 
 @contextmanager
@@ -134,9 +139,14 @@ class Loop:
 
 
 def run_steps(
-    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck, pulse: Pulse
-) -> tuple[TrainState, bool]:
-    """Trains to the last step; True where a signal stopped it before."""
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck, pulse: Pulse,
+    stop: StopRequests, *, evaluate_first: bool = False,
+) -> tuple[TrainState, bool]:  # fmt: skip
+    """Trains to the last step and saves it; True where a signal stopped it before, or in the evaluation of that step.
+
+    Args:
+        evaluate_first: an earlier session was stopped in the evaluation of the state's step, which is made up for.
+    """
     run, first = loop.run, int(state.step)
     feed = Feed(loop.mesh, run.accumulate, run.global_batch // run.accumulate)
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
@@ -145,40 +155,63 @@ def run_steps(
     figures = Figures(loop, folder, first, replicas, pulse)
     clock, step_fn = Clock(), None
     batches = clock.waited(iter(loop.data.batches.iterate(first, run.last_step, feed.rows)), DATA)
-    with stop_requests() as stop, figures.open(), clock:
-        for step, (tokens, weights) in enumerate(batches, start=first + 1):
+
+    save = partial(_save, loop, checkpoints, pulse, clock)
+    with figures.open(), clock:
+        stopped = owed = evaluate_first and not _evaluated(loop, figures, clock, state)
+        for step, (tokens, weights) in () if stopped else enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
             batch = feed.place(tokens)
             if step_fn is None:
                 with clock.on(COMPILING):
                     step_fn = compile_fitting(loop.program, loop.train_step, state, loop.frozen, batch, weights)
+                    processes.meet()  # one that compiles for minutes longer keeps no other one in a collective
             with pulse.waiting():
                 state, metrics = step_fn(state, loop.frozen, batch, weights)
             figures.add(step, metrics)
             if loop.validation.due(step):
-                with figures.evaluating(step) as log, clock.on(EVALUATING):
-                    log(loop.validation.figures(step, state.params, loop.frozen))
+                owed = not _evaluated(loop, figures, clock, state)
             saves = step % run.checkpointing.every == 0 and step < run.last_step
             if saves or replicas.due(step):
                 figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
                 replicas.compare(step, state.items())
             if saves:
-                with pulse.busy(SAVING), clock.on(SAVING):
-                    checkpoints.save(step, state.items(), loop.metadata)
-            if stop(step) or figures.diverged:
+                save(state, owed)
+            stopped = stop.asked()
+            if stopped or figures.diverged:
                 break
         figures.flush()
-    if int(state.step) > first and jax.process_index() == 0:
+        last = int(state.step)
+        replicas.compare(last, state.items())
+        save(state, owed, wait=True)
+    if last > first and jax.process_index() == 0:
         print_line(str(clock))
     if figures.diverged:
-        replicas.compare(int(state.step), state.items())
-        with pulse.busy(SAVING):
-            checkpoints.save(int(state.step), state.items(), loop.metadata)
-            checkpoints.wait()
         if jax.process_index() == 0:
-            folder.mark_diverged(int(state.step))
+            folder.mark_diverged(last)
         raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
-    return state, int(state.step) < run.last_step
+    return state, stopped
+
+
+def _save(
+    loop: Loop, checkpoints: Checkpointer, pulse: Pulse, clock: Clock, state: TrainState, owed: bool, *,
+    wait: bool = False,
+) -> None:  # fmt: skip
+    with pulse.busy(SAVING), clock.on(SAVING):
+        metadata = loop.metadata | ({_EVALUATION_OWED: True} if owed else {})
+        checkpoints.save(int(state.step), state.items(), metadata)
+        if wait:
+            checkpoints.wait()
+
+
+def _evaluated(loop: Loop, figures: "Figures", clock: Clock, state: TrainState) -> bool:
+    """Logs what is measured after the state's step; False where a signal stopped it."""
+    try:
+        with figures.evaluating(int(state.step)) as log, clock.on(EVALUATING):
+            log(loop.validation.figures(int(state.step), state.params, loop.frozen))
+    except stopping.Stopped:
+        return False
+    return True
 
 
 def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
@@ -292,31 +325,6 @@ def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
             "compute in float32 (--precision.compute float32) with a new --run-dir"
         )
     return ""
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step that is True once SIGINT or SIGTERM came. A second SIGINT interrupts at once.
-
-    Of several processes all stop after the same step, whichever got the signal; JAX receives it there.
-    """
-    if processes.several():
-        yield processes.asked_to_stop
-        return
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        del frame
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda step: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_finished(run: Run, folder: RunFolder, step: int) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from meshgpt.atomic import replacing
 from meshgpt.errors import UserError
 from meshgpt.training.trackers import amount, read_json_lines
 
@@ -57,7 +58,8 @@ def plot_loss(metrics_path: Path, out_png: Path, title: str) -> None:
     _bits_per_byte(axes, rows)
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, metadata={"Software": None})
+    with replacing(out_png) as scratch:
+        figure.savefig(scratch, format="png", metadata={"Software": None})
 
 
 def plain_label(label: str) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from meshgpt import convert
+from meshgpt.atomic import rename_folder, write_atomically
 from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
 from meshgpt.config import Run, from_json, to_json
@@ -56,8 +56,8 @@ def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float,
             checkpoints.save(opened.step, {"params": params}, record)
         if opened.tokenizer is not None:
             load_tokenizer(opened.tokenizer).save(partial / "tokenizer")
-        (partial / RECORD).write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, out)
+        write_atomically(partial / RECORD, json_text(record, indent=2) + "\n")
+        rename_folder(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -110,7 +110,7 @@ def adopt(run: Run, folder: RunFolder) -> Run:
                 f"{type(run.trainable).__name__} trains a part of a model that is there already: name it with --init"
             )
         return run
-    if run.resume != "never" and folder.record.is_file():
+    if run.resume != "never" and folder.holds_run():
         recorded = folder.read_run()
         if recorded.init == run.init and type(recorded.model) is type(run.model):
             return dataclasses.replace(run, model=_sized(run.model, recorded.model))
@@ -133,7 +133,7 @@ def record_origin(run: Run, folder: RunFolder) -> None:
     if not run.init or folder.origin.exists():
         return
     text = json_text({"source": run.init, "notes": list(_open(run.init).notes)}, indent=2)
-    folder.origin.write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder.origin, text + "\n")
 
 
 def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:

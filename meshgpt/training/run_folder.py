@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import meshgpt
+from meshgpt.atomic import write_atomically
 from meshgpt.checkpoint import manifest
+from meshgpt.checkpoint.manager import completed_steps, read_metadata
 from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
@@ -32,7 +34,6 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record = path / "run.json"
-        self._scratch = path / "run.json.tmp"
         self.metrics = path / "metrics.jsonl"
         self.origin = path / "init.json"
         self.sessions = path / "sessions.json"
@@ -56,7 +57,11 @@ class RunFolder:
         Raises:
           UserError: no run here, or one that this version cannot read.
         """
-        return from_json(Run, self._read_record()["run"])
+        return from_json(Run, self._configuration())
+
+    def holds_run(self) -> bool:
+        """Whether a run is here: its record, or without it checkpoints, which have the configuration too."""
+        return self.record.is_file() or self._saved_configuration() is not None
 
     def finished_step(self) -> int | None:
         """The step of the samples, the export and the loss curve; None before there are any."""
@@ -92,7 +97,23 @@ class RunFolder:
                 return record
         except (ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"{self.record} is damaged: move {self.path} aside, or restore the file")
+        remedy = (
+            "start the training command again with --resume never: nothing was saved here, and what is is set aside"
+            if self._saved_configuration() is None
+            else "delete this one file and start the training command again: it goes on from the newest checkpoint, "
+            "which has the configuration too"
+        )
+        raise UserError(f"{self.record} is damaged, as a power failure could leave it in older versions; {remedy}")
+
+    def _configuration(self) -> dict[str, Any]:
+        saved = None if self.record.is_file() else self._saved_configuration()
+        return self._read_record()["run"] if saved is None else saved
+
+    def _saved_configuration(self) -> dict[str, Any] | None:
+        """That of the newest checkpoint; None where there is none of a run."""
+        steps = completed_steps(self.checkpoints)
+        saved = read_metadata(self.checkpoints, steps[-1]).get("run") if steps else None
+        return saved if isinstance(saved, dict) else None
 
     @contextmanager
     def claimed(self, run: Run, command: str, report: Callable[[str], None]) -> Iterator[None]:
@@ -117,7 +138,7 @@ class RunFolder:
                 raise UserError(f"another process is training in {self.path}: wait for it or stop it") from error
             if run.resume == "never":
                 self._set_aside(report)
-            elif self.record.is_file():
+            elif self.holds_run():
                 self._check_same(run, report)
             elif run.resume == "must":
                 raise UserError(f"--resume must: {self.path} holds no run to go on with")
@@ -141,7 +162,7 @@ class RunFolder:
     def _check_same(self, run: Run, report: Callable[[str], None]) -> None:
         if not any(self.checkpoints.glob(f"*{manifest.SUFFIX}")):
             return  # nothing was trained that another configuration could spoil
-        changes = differences(self._read_record()["run"], to_json(run))
+        changes = differences(self._configuration(), to_json(run))
         locked = [change for change in changes if not may_differ(change[0])]
         changed = all(may_change(name) for name, _, _ in locked)
         if locked and not (changed and run.resume_with_changes):
@@ -157,15 +178,15 @@ class RunFolder:
                 report(f"resuming with {name} {new!r} (was {old!r})")
 
     def _check_nothing_else(self) -> None:
-        ours = (*_KEPT_ASIDE, self._scratch.name)
+        ours = (*_KEPT_ASIDE, f"{self.record.name}.tmp")
         foreign = [p.name for p in self.path.iterdir() if p.name not in ours]
-        if foreign and not self.record.is_file():
+        if foreign and not self.holds_run():
             raise UserError(
                 f"{self.path} is not empty and holds no run (it has {min(foreign)}): give an empty or new --run-dir"
             )
 
     def _set_aside(self, report: Callable[[str], None]) -> None:
-        if not self.record.is_file():
+        if not self.holds_run():
             return
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
@@ -178,8 +199,7 @@ class RunFolder:
         report(f"the earlier run is now in {aside}")
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        self._scratch.write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(self._scratch, self.record)
+        write_atomically(self.record, json_text(record, indent=2) + "\n")
 
 
 def _record(run: Run, command: str) -> dict[str, Any]:

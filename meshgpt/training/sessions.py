@@ -9,12 +9,12 @@ session that was killed counts up to its last heartbeat.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshgpt.atomic import write_atomically
 from meshgpt.settings import json_text
 
 HEARTBEAT_SECONDS = 10.0
@@ -51,9 +51,7 @@ class Session:
         self._written = self._clock()
         seconds = round(self._written - self._begun, 3)
         entry = self._entry | {"seen": _now(), "seconds": seconds, "last_step": self._step}
-        scratch = self._path.with_name(self._path.name + ".tmp")
-        scratch.write_text(json_text([*self._earlier, entry], indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self._path)
+        write_atomically(self._path, json_text([*self._earlier, entry], indent=1) + "\n")
 
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:

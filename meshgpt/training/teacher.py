@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from meshgpt import convert
+from meshgpt.atomic import write_atomically
 from meshgpt.config import Run
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.data.tokenizer_difference import difference
@@ -124,7 +125,7 @@ def record_before(program: Program, validation: Validation, begun: Start, folder
         "student_start_evals": results.metrics(before),
     }
     if jax.process_index() == 0:
-        folder.distillation.write_text(json_text(found, indent=1) + "\n", encoding="utf-8")
+        write_atomically(folder.distillation, json_text(found, indent=1) + "\n")
 
 
 def _folder(source: str) -> Path:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from meshgpt.atomic import write_atomically
 from meshgpt.settings import json_text
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
@@ -129,9 +130,7 @@ class JsonLines:
         kept = [] if resume_step is None else [row for row in read_json_lines(path) if row["step"] <= resume_step]
         text = "".join(_json_line(row) for row in kept)
         if not path.exists() or path.read_bytes() != text.encode():
-            scratch = path.with_name(path.name + ".tmp")
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
+            write_atomically(path, text)
         self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
         self._file = path.open("r+b")
         self._end = self._file.seek(0, os.SEEK_END)

@@ -19,7 +19,7 @@ from meshgpt.config import Evals, Run
 from meshgpt.data.pipeline import EvalBatches
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
-from meshgpt.distributed import processes
+from meshgpt.distributed import processes, stopping
 from meshgpt.distributed.batch import Feed
 from meshgpt.errors import UserError
 from meshgpt.evals import choices, files, harness, results
@@ -58,7 +58,11 @@ class Validation:
         return own or (self._has_others and self._is_time(step, self.run.evals.every or self.run.eval_every))
 
     def figures(self, step: int, params: Tree, frozen: Tree) -> dict[str, float]:
-        """What is due after `step`, of what a run trains and what it only reads. Every process calls it."""
+        """What is due after `step`, of what a run trains and what it only reads. Every process calls it.
+
+        Raises:
+          Stopped: a signal asked the run to stop, and it has steps that are not saved.
+        """
         found: dict[str, float] = {}
         if self.held_out is not None and self._is_time(step, self.run.eval_every):
             found |= self._own(params, frozen)
@@ -100,6 +104,7 @@ class Validation:
             count = min(count, self.run.eval_batches * self.run.accumulate)
         sums = []
         for batch in range(count):
+            stopping.check()
             tokens, weights = (feed.place(part)[0] for part in batches.rows(batch, feed.rows))
             sums.append(self.eval_step(params, frozen, tokens, weights))
         nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
