@@ -80,14 +80,15 @@ def make_train_step(
         inspected = {} if inspect is None else {"inspected": inspect(gradients, state.step + 1)}
         empty, weight_or_1 = weight == 0, jnp.where(weight == 0, 1.0, weight)
         norm = global_norm(gradients) / weight_or_1
-        lr = jnp.asarray(rate(state.step), jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
+            lr = jnp.asarray(rate(state.step), jnp.float32)
         overflowed = ~(jnp.isfinite(total) & jnp.isfinite(norm)) & ~empty
         finite = ~overflowed & ~empty & jnp.isfinite(lr)
         # One factor does both: from sum to mean, and the clipping.
         clip = jnp.minimum(1.0, optim.clip_norm / norm) if optim.clip_norm else jnp.float32(1.0)
         factor = clip / weight_or_1
         gradients = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
-        with jax.numpy_dtype_promotion("standard"):  # optax relies on it; everything of ours runs under "strict"
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
         params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
         good = finite & _all_finite(params)
