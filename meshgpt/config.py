@@ -61,7 +61,7 @@ class Evals:
     num_fewshot: int | None = None
     """Solved examples before each question of a task; by default what the task says, or none."""
     limit: int = 0
-    """Only the first so many questions of each file and task; 0 takes all."""
+    """Only the first so many questions of each file and task: a try, which is shown as one; 0 takes all."""
     max_gen_toks: int = 0
     """Most tokens of a generated answer; 0 is what the task says."""
 
@@ -122,7 +122,8 @@ class Run:
     eval_every: int = 250
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
-    """At most so many global batches an evaluation; 0 takes the whole held-out text."""
+    """At most so many global batches an evaluation, from the start of the text, which makes it a try and is shown as one;
+    0 takes the whole held-out text."""
     evals: Evals = Evals()
     log_every: int = 10
     """Steps between lines of metrics."""

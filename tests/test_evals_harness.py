@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+from scipy.stats import binomtest
 
 from meshgpt.errors import UserError
 from meshgpt.evals import choices, harness
@@ -238,6 +239,10 @@ def test_a_limit_takes_the_first_questions_and_every_time_the_same_shots(
     assert random.random() == expected != drawn, "the state of Python's generator is put back"
     assert found["n-samples"]["local_sciq"] == {"original": 24, "effective": 6}
     assert (found["config"]["model"], found["config"]["limit"]) == ("meshgpt", 6)
+    right = round(found["results"]["local_sciq"]["acc,none"] * 6)
+    wilson = binomtest(right, 6).proportion_ci(method="wilson")
+    assert found["intervals"]["local_sciq"]["acc,none"] == pytest.approx((wilson.low, wilson.high))
+    assert "samples" not in found
     assert found["results"] == again["results"]
     assert found["results"] != other["results"]
     assert json.dumps(found, default=str)

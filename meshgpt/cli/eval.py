@@ -52,7 +52,7 @@ class Arguments:
     stride: int = 0
     """Of --perplexity: tokens by which a window moves on in a long document; 0 is the whole context."""
     limit: int | None = None
-    """Only the first so many questions of each task or file, for a try."""
+    """Only the first so many questions or documents of each task or file: a try, which is marked as one everywhere."""
     num_fewshot: int | None = None
     """Solved examples before each question; by default what the task says, or none."""
     max_gen_toks: int = 0
@@ -105,6 +105,7 @@ class _Wanted:
     tasks: dict[str, Any] | None  # of `harness.load`
     choices: dict[str, list[choices.Question]]  # by the name in the results
     perplexity: dict[str, list[str]]
+    whole: dict[str, int]  # questions or documents of each file, before a limit
 
 
 def evaluate(asked: Arguments) -> Results:
@@ -146,10 +147,12 @@ def _wanted(asked: Arguments) -> _Wanted:
     if twice is not None:
         raise UserError(f"two files are called {twice}, or one and a task, and results are kept by name: rename one")
     questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.choices}
+    texts = {files.stem(path): files.read_texts(path, asked.field) for path in asked.perplexity}
     return _Wanted(
         tasks=tasks,
         choices={name: rows[: asked.limit] for name, rows in questions.items()},
-        perplexity={files.stem(path): files.read_texts(path, asked.field)[: asked.limit] for path in asked.perplexity},
+        perplexity={name: documents[: asked.limit] for name, documents in texts.items()},
+        whole={name: len(rows) for name, rows in (*questions.items(), *texts.items())},
     )
 
 
@@ -157,10 +160,10 @@ def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Score
     found: Results = {"results": {}}
     for name, texts in wanted.perplexity.items():
         measured = perplexity.measure(scorer, trained.tokenizer, texts, report, stride=asked.stride)
-        found = results.merged(found, results.of_perplexity(name, measured))
+        found = results.merged(found, results.of_perplexity(name, measured, wanted.whole[name]))
     for name, questions in wanted.choices.items():
         answered = choices.choose(scorer, trained.tokenizer, questions, report)
-        found = results.merged(found, results.of_choices(name, answered))
+        found = results.merged(found, results.of_choices(name, answered, wanted.whole[name]))
     if wanted.tasks is not None:
         ran = harness.run(
             scorer, trained.tokenizer, wanted.tasks, report, limit=asked.limit, max_gen_toks=asked.max_gen_toks

@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import Interval, bootstrap, is_share, wilson
 from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Progress, Scorer
@@ -116,7 +117,7 @@ def run(
     limit: int | None = None,
     max_gen_toks: int = 0,
 ) -> Results:
-    """The results of loaded tasks, in the harness's form.
+    """The results of loaded tasks, in the harness's form, with `intervals` (`results`).
 
     Args:
       limit: take only the first so many questions of each task.
@@ -132,10 +133,15 @@ def run(
         task.set_fewshot_seed(seed=_SHOTS_SEED)
     lm = harness_lm(Answers(scorer, tokenizer, report, max_gen_toks))
     with _repeatable():
-        found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
-    assert found is not None
+        found = evaluate(
+            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=limit is not None
+        )
+        assert found is not None
+        samples = found.pop("samples", {})
+        intervals = _intervals(loaded["tasks"], dict(found), samples)
     return {
         **found,
+        "intervals": intervals,
         "config": {
             "model": "meshgpt",
             "batch_size": scorer.batch_size or "auto",
@@ -149,6 +155,33 @@ def run(
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "total_evaluation_time_seconds": str(time.time() - begun),
     }
+
+
+def _intervals(tasks: dict[str, Any], found: Results, samples: dict[str, Any]) -> dict[str, dict[str, Interval | None]]:
+    """The 95% interval of each figure of each task, by its answers where they were kept (`samples`).
+
+    Wilson's where an answer is right or wrong, and without the answers of every share; else the percentiles of the
+    task's own figure over answers drawn again and again.
+    """
+    ranges: dict[str, dict[str, Interval | None]] = {}
+    for name, task in tasks.items():
+        count = found["n-samples"][name]["effective"]
+        ranges[name] = {}
+        for key, value in found["results"][name].items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+                continue
+            answers = [one[metric] for one in samples.get(name, ()) if one["filter"] == chosen and metric in one]
+            share = is_share(metric, float(value))
+            if share and (not answers or all(answer in (0, 1) for answer in answers)):
+                ranges[name][key] = wilson(float(value), count)
+            else:
+                ranges[name][key] = _resampled(task.aggregation()[metric], answers) if answers else None
+    return ranges
+
+
+def _resampled(figure: Callable[[list[Any]], float], answers: list[Any]) -> Interval | None:
+    return bootstrap(len(answers), lambda indices: float(figure([answers[index] for index in indices])))
 
 
 def leaves(tasks: "TaskManager", name: str) -> list[str]:

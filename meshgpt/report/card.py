@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from meshgpt.evals.intervals import held_out_interval
 from meshgpt.models import flops
 from meshgpt.models.model import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.models.trainable import Full
@@ -245,10 +246,20 @@ def _held_out(facts: Facts) -> list[Block]:
     loss, bits, gzip = (facts.last(key) for key in ("val_loss", "val_bits_per_byte", "gzip_bits_per_byte"))
     if loss is None:
         return [Text(text="No held-out text was evaluated yet.")]
-    rows = [("loss (nats per token)", f"{loss:.4f}"), ("perplexity per token", f"{perplexity(loss):.2f}")]
-    rows += [] if bits is None else [("bits per byte", f"{bits:.4f}")]
+    part, between = facts.measured_part(), held_out_interval(facts.last_row("val_loss"))
+
+    def ends(scaled: Callable[[float], float], form: str) -> str:
+        return "" if between is None else " (95%: {} to {})".format(*(f"{scaled(end):{form}}" for end in between))
+
+    rows = [("loss (nats per token)", f"{loss:.4f}{ends(lambda end: end, '.4f')}")]
+    rows += [("perplexity per token", f"{perplexity(loss):.2f}{ends(perplexity, '.2f')}")]
+    rows += [] if bits is None else [("bits per byte", f"{bits:.4f}{ends(lambda end: end * bits / loss, '.4f')}")]
     rows += [] if gzip is None else [("bits per byte that gzip -9 needs", f"{gzip:.4f}")]
-    return [Table(header=("Held-out text", "Value"), rows=rows)]
+    if part is None:
+        return [Table(header=("Held-out text", "Value"), rows=rows)]
+    said = "no interval is known" if between is None else "intervals are of resampled batches"
+    note = f"A try: measured on {part} of the held-out text; {said}. It is not among the results that the hub shows."
+    return [Table(header=(f"Held-out text (a try: {part})", "Value"), rows=rows, note=note)]
 
 
 def _environment(facts: Facts, spent: Energy) -> list[Block]:

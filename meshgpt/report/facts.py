@@ -19,6 +19,7 @@ from meshgpt.data.mixture import Schedule
 from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import Part, held_out_part
 from meshgpt.models import flops as scaling
 from meshgpt.models.model import parameter_shapes
 from meshgpt.report.evals import Result, read_evals
@@ -120,9 +121,25 @@ class Facts:
 
     def last(self, key: str) -> float | None:
         """The last finite value of a key."""
-        values = self.series(key)[1]
-        finite = values[np.isfinite(values)]
-        return float(finite[-1]) if finite.size else None
+        row = self.last_row(key)
+        return number(row[key]) if row else None
+
+    def measured_part(self, prefix: str = "val_") -> Part | None:
+        """Tokens of the held-out text, or (`val/<store>/`) of a named store, that its last figure was measured on.
+
+        None where it was all of them. Metrics of before this was kept say nothing of a run with `eval_batches`: then
+        how many there are counts as not known.
+        """
+        row = self.last_row(f"{prefix}loss")
+        part = held_out_part(row, prefix)
+        if part is None and row and self.run.eval_batches:
+            used = self.run.eval_batches * self.run.global_batch * self.run.sequence_length
+            part = Part(used=used, of=None, unit="tokens")
+        return part if part is not None and part.limited else None
+
+    def last_row(self, key: str) -> dict[str, Any]:
+        """The last line of the metrics with a finite value of `key`; {} where there is none."""
+        return next((row for row in reversed(self.rows) if math.isfinite(number(row.get(key)))), {})
 
 
 def number(value: Any) -> float:
@@ -139,7 +156,7 @@ def read_facts(path: Path) -> Facts:
     folder = RunFolder(path)
     run = folder.read_run()
     rows = read_json_lines(folder.metrics)
-    results, unread = read_evals(folder.evals, rows)
+    results, unread = read_evals(folder.evals, rows, run.evals.limit)
     sources, missing = _sources(run, folder, rows[-1]["step"] if rows else 0)
     notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
     notes += missing + _torn(folder.metrics)

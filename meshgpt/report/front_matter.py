@@ -49,13 +49,16 @@ def _cleaned(value: Any) -> Any:
 def _model_index(facts: Facts) -> list[dict[str, Any]]:
     task = {"type": "text-generation", "name": "Text Generation"}
     results = []
-    loss, bits = facts.last("val_loss"), facts.last("val_bits_per_byte")
+    whole = facts.measured_part() is None  # a try is no result
+    loss, bits = (facts.last(key) if whole else None for key in ("val_loss", "val_bits_per_byte"))
     metrics = [] if loss is None else [{"type": "perplexity", "value": perplexity(loss), "name": "token perplexity"}]
     metrics += [] if bits is None else [{"type": "bits_per_byte", "value": bits, "name": "bits per byte"}]
     if metrics:
         held_out = {"type": "held-out", "name": "held-out part of the training text"}
         results.append({"task": task, "dataset": held_out, "metrics": metrics})
     for result in latest(facts.results):
+        if result.limited:
+            continue
         dataset = {"type": result.task, "name": result.task}
         metric = {"type": result.metric, "value": result.value, "name": result.metric}
         results.append({"task": task, "dataset": dataset, "metrics": [metric]})

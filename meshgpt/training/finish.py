@@ -13,6 +13,7 @@ from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import held_out_text
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.model import Model
 from meshgpt.training.loss_curve import plot_loss
@@ -122,7 +123,7 @@ def summary(run: Run, folder: RunFolder) -> str:
     tokens = folder.batch_sizes().before(run.steps) * run.sequence_length
     lines = [f"finished: {run.steps:,} steps, {tokens:,} tokens"]
     if last:
-        lines[0] += f", validation loss {last['val_loss']:.4f}"
+        lines[0] += f", validation loss {last['val_loss']:.4f}{held_out_text(last)}"
     if "val_bits_per_byte" in last:
         lines[0] += f", {last['val_bits_per_byte']:.3f} bits per byte"
         gzip = last.get("gzip_bits_per_byte")
