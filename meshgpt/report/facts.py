@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from meshgpt.evals.intervals import Part, held_out_part
 from meshgpt.models import flops as scaling
 from meshgpt.models.model import parameter_shapes
 from meshgpt.report.evals import Result, read_evals
+from meshgpt.report.yardstick import Yardstick, read_yardstick
 from meshgpt.training.program import flops_per_token
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.sessions import read_sessions
@@ -66,6 +68,16 @@ class Facts:
     notes: list[str]
     parameters: scaling.Parameters
     flops_per_token: int
+
+    @functools.cached_property
+    def yardstick(self) -> Yardstick:
+        """What its losses are measured by."""
+        return read_yardstick(RunFolder(self.folder), self.rows)
+
+    @property
+    def started(self) -> str:
+        """When the run's first session began (UTC, ISO 8601); "" where nothing recorded it."""
+        return _started(self.record, self.sessions)
 
     @property
     def step(self) -> int:
@@ -162,20 +174,27 @@ def read_facts(path: Path) -> Facts:
     notes += missing + _torn(folder.metrics)
     notes += [] if rows else ["nothing was logged yet"]
     record = json.loads(folder.record.read_text(encoding="utf-8"))
+    sessions = read_sessions(folder.sessions)
     return Facts(
         folder=path,
         name=path.resolve().name or "run",
         run=run,
         record=record,
         rows=rows,
-        sessions=read_sessions(folder.sessions),
-        restarts=_restarts(folder.restarts, str(record.get("started", ""))),
+        sessions=sessions,
+        restarts=_restarts(folder.restarts, _started(record, sessions)),
         results=results,
         sources=sources,
         notes=notes,
         parameters=scaling.count_parameters(parameter_shapes(run.model), run.model.vocab_size),
         flops_per_token=flops_per_token(run),
     )
+
+
+def _started(record: dict[str, Any], sessions: list[dict[str, Any]]) -> str:
+    """The earliest of the times that run.json (which once had the last session's) and the sessions have."""
+    times = [record.get("started"), *(session.get("started") for session in sessions)]
+    return min((time for time in times if isinstance(time, str) and time), default="")
 
 
 def _restarts(path: Path, since: str) -> int:

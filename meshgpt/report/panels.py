@@ -10,6 +10,7 @@ import numpy as np
 
 from meshgpt.report.evals import Result
 from meshgpt.report.facts import Facts
+from meshgpt.report.yardstick import other_text, other_tokens
 from meshgpt.training.loss_curve import smooth
 
 
@@ -40,13 +41,16 @@ class Panel:
 
 def panels(runs: Sequence[Facts]) -> list[Panel]:
     """All panels of a run, or of several beside each other; those without a finite value are left out."""
+    named = [(run.name, run.yardstick) for run in runs] if len(runs) > 1 else []
+    apart = other_text(named) or other_tokens(named)
+    per_token = f"nats per token; not comparable: {apart}" if apart else "nats per token"
     made = [
         Panel(
-            slug="loss_tokens", title="Loss against tokens", x_label="tokens", y_label="loss (nats per token)",
+            slug="loss_tokens", title="Loss against tokens", x_label="tokens", y_label=f"loss ({per_token})",
             series=_losses(runs, lambda run: 1.0),
         ),
         Panel(
-            slug="loss_flops", title="Loss against compute", x_label="FLOPs", y_label="loss (nats per token)",
+            slug="loss_flops", title="Loss against compute", x_label="FLOPs", y_label=f"loss ({per_token})",
             series=_losses(runs, lambda run: float(run.flops_per_token)),
         ),
         _by_step(runs, "val_bits_per_byte", "Bits per byte of held-out text", "bits per byte", marked=True),

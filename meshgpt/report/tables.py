@@ -11,6 +11,7 @@ from meshgpt.report.energy import Assumptions, energy
 from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts
 from meshgpt.report.reference import GPTJ_CARD, REFERENCES, Reference
+from meshgpt.report.yardstick import other_text, other_tokens
 from meshgpt.training.trackers import amount
 
 _SHORT = {"lambada_openai": "LAMBADA", "hellaswag": "HellaSwag", "winogrande": "Winogrande", "piqa": "PIQA"}
@@ -124,11 +125,23 @@ def comparison(runs: Sequence[Facts], assumed: Assumptions) -> list[Block]:
             _value(run.last("val_bits_per_byte")),
             *(str(results[key]) if key in results else "" for key in columns),
         ])  # fmt: skip
-    losses = [run.last("val_loss") for run in runs]
-    known = [loss for loss in losses if loss is not None]
-    best = [index for index, loss in enumerate(losses) if known and loss == min(known)]
-    blocks: list[Block] = [Heading(level=2, text="Runs"), Table(header=header, rows=rows, strong=best)]
+    key, note = compared_by(runs)
+    figures = [run.last(key) if key else None for run in runs]
+    known = [figure for figure in figures if figure is not None]
+    best = [index for index, figure in enumerate(figures) if known and figure == min(known)]
+    blocks: list[Block] = [Heading(level=2, text="Runs"), Table(header=header, rows=rows, strong=best, note=note)]
     return blocks + _differences(runs)
+
+
+def compared_by(runs: Sequence[Facts]) -> tuple[str, str]:
+    """(the figure by which the runs can be compared, "" for none; what of them cannot be, in words)."""
+    named = [(run.name, run.yardstick) for run in runs]
+    if said := other_text(named):
+        return "", f"Not comparable: {said}. Neither losses nor bits per byte say which run is better."
+    if said := other_tokens(named):
+        text = f"Losses and perplexities per token are not comparable: {said}."
+        return "val_bits_per_byte", f"{text} Bits per byte are: the run that stands out is the best by these."
+    return "val_loss", ""
 
 
 def _try(run: Facts) -> str:
