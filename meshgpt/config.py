@@ -122,8 +122,8 @@ class Run:
     eval_every: int = 250
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
-    """At most so many global batches an evaluation, from the start of the text, which makes it a try and is shown as one;
-    0 takes the whole held-out text."""
+    """At most so many global batches an evaluation, from the start of the text: a try, and shown as one; 0 takes the
+    whole held-out text."""
     evals: Evals = Evals()
     log_every: int = 10
     """Steps between lines of metrics."""
@@ -174,7 +174,7 @@ class Run:
 
 
 # What may differ when a run is resumed: none of it changes what the steps done so far have computed. The tokens
-# themselves are compared by their digest (`train.start_state`), so that a store may be moved.
+# themselves are compared by their digest (`training.data.RunData.check_unchanged`), so that a store may be moved.
 RESUMABLE = (
     *("steps", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals", "log_every", "max_bad_steps"),
     *("sinks", "check_replicas_every"),

@@ -111,7 +111,10 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "quantize": (_quantize, "RUN|FOLDER --format nf4 --out DIR: 4 or 8 bits, for bitsandbytes and llama.cpp"),
     "report": (_report, "RUN...: model card, plots and a page of a run; several runs beside each other"),
     "eval": (_eval, "RUN|FOLDER --tasks NAMES: tasks of the lm-evaluation-harness, perplexity, multiple choice"),
-    "plan": (_plan, "budget|fit: what a budget buys, and what your runs say of the next one"),
+    "plan": (
+        _plan,
+        "budget|memory|fit: what a budget buys, what a run takes of a device, what runs say of the next",
+    ),
     "sweep": (_sweep, "RECIPE --optim.peak-lr 1e-4:1e-2:log:5 --global-batch 32,64: which numbers are best"),
     "compile": (_compile, "RECIPE --topology v3-256: will it fit and how fast, for a pod nobody has rented yet"),
     "doctor": (_doctor, "what this machine has: devices, memory, versions"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshgpt.data.tokenizer import Tokenizer
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError, explained
 from meshgpt.evals.intervals import Interval, bootstrap, is_share, wilson
 from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.results import Results
@@ -85,7 +85,8 @@ def load(tasks: "TaskManager", names: Sequence[str], num_fewshot: int | None = N
       num_fewshot: solved examples before each question, for tasks that do not fix it at 0.
 
     Raises:
-      UserError: data that are not there and cannot be fetched, or a task that is not right; says what is missing.
+      UserError: data that are not there, or a task that is not right; says what is missing.
+      MachineError: the same where the network fails.
     """
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -93,7 +94,7 @@ def load(tasks: "TaskManager", names: Sequence[str], num_fewshot: int | None = N
             with _repeatable():  # some tasks shuffle answers as they load
                 one = tasks.load([name])
         except _LOAD_ERRORS as error:
-            raise UserError(_missing(tasks, name, error)) from error
+            raise _unloaded(error, _missing(tasks, name, error)) from error
         for part in loaded:
             loaded[part] |= one.get(part, {})
     for name, task in loaded["tasks"].items():
@@ -194,6 +195,15 @@ def leaves(tasks: "TaskManager", name: str) -> list[str]:
         return [name]
     named = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
     return [leaf for member in named if member in tasks.task_index for leaf in leaves(tasks, member)]
+
+
+def _unloaded(error: Exception, text: str) -> UserError | MachineError:
+    """A network that fails is the machine's fault; one that was switched off (HF_HUB_OFFLINE) is the user's wish."""
+    from datasets import config
+
+    if isinstance(error, ConnectionError | TimeoutError) and not config.HF_HUB_OFFLINE:
+        return explained(error, text)
+    return UserError(text)
 
 
 def _missing(tasks: "TaskManager", name: str, error: Exception) -> str:
