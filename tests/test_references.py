@@ -14,40 +14,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/
 SOURCES = sorted([*ROOT.glob("meshgpt/**/*.py"), *ROOT.glob("configs/*.py")])
 # Flags of other programs that the pages call, and of environment files.
 FOREIGN = {"--all-files", "--dist", "--upgrade", "--version", "--help", "--cov"}
-_SUFFIXES = """json jsonl py md txt png html yaml yml npy bin safetensors gguf model zst gz xz parquet toml cff sh lock tmp
-sbatch ipynb log npz initialize"""
+_SUFFIXES = """json jsonl py md txt png html yaml yml npy bin safetensors gguf model zst gz xz parquet toml cff sh lock
+tmp sbatch ipynb log npz initialize"""
 SUFFIXES = set(_SUFFIXES.split())
-    [
-        "json",
-        "jsonl",
-        "py",
-        "md",
-        "txt",
-        "png",
-        "html",
-        "yaml",
-        "yml",
-        "npy",
-        "bin",
-        "safetensors",
-        "gguf",
-        "model",
-        "zst",
-        "gz",
-        "xz",
-        "parquet",
-        "toml",
-        "cff",
-        "sh",
-        "lock",
-        "tmp",
-        "sbatch",
-        "ipynb",
-        "log",
-        "npz",
-        "initialize",
-    ]
-)
 
 
 def texts() -> list[tuple[str, str]]:
