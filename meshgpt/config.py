@@ -65,7 +65,8 @@ class Evals:
     num_fewshot: int | None = None
     """Number of solved examples before each question of a task; None takes what the task says."""
     limit: int = 0
-    """Number of questions taken from each file and task, for a quick try; 0 takes all."""
+    """Number of questions taken from each file and task, the first ones, for a try, which is shown as one; 0 takes
+    all."""
     max_gen_toks: int = dataclasses.field(default=0, metadata={OTHER_NAMES: ("max_new_tokens", "max_tokens")})
     """Largest number of tokens in a generated answer; 0 takes what the task says."""
 
@@ -142,7 +143,8 @@ class Run:
     eval_every: int = 250
     """Steps between evaluations on the held-out text; the last step is always evaluated."""
     eval_batches: int = 0
-    """Largest number of global batches in an evaluation; 0 takes the whole held-out text."""
+    """Largest number of global batches in an evaluation, from the start of the text, for a try, which is shown as one;
+    0 takes the whole held-out text."""
     evals: Evals = Evals()
     """What is measured on the way besides the run's own held-out text."""
     log_every: int = 10
@@ -210,7 +212,7 @@ class Run:
 
 
 # What may differ when a run is resumed: none of it changes what the steps done so far have computed. The tokens
-# themselves are compared by their digest (`train.start_state`), so that a store may be moved.
+# themselves are compared by their digest (`training.data.RunData.check_unchanged`), so that a store may be moved.
 RESUMABLE = (
     *("steps", "extend", "extend_schedule", "accumulate", "execution", "mesh", "eval_every", "eval_batches", "evals"),
     *("log_every", "max_bad_steps", "sinks", "check_replicas_every", "checkpointing", "samples", "export", "run_dir"),

@@ -32,6 +32,28 @@ class PortTakenError(MachineError):
     """
 
 
+# What a path or a right of the user's makes of an OSError, and a full disk, which no restart empties.
+_USERS = {
+    *_FULL,
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY, errno.EINVAL),
+}
+
+
+def explained(error: OSError, text: str) -> UserError | MachineError:
+    """What to raise, with this message, for a file or a connection that failed.
+
+    Returns:
+      A UserError where the path, a right or a full disk is at fault. A MachineError for all else: an input or output
+      error of a disk, a stale mount, a connection that is refused, reset or timed out; errors of network libraries
+      have no number, and are of these too.
+    """
+    of_a_path = isinstance(
+        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
+    )
+    return UserError(text) if of_a_path or error.errno in _USERS else MachineError(text)
+
+
 def exit_code(command: Callable[[], None]) -> int:
     """Runs `command`: 0; without a traceback 2 on a UserError, 3 or 4 on a MachineError, 130 on Ctrl-C or SIGTERM."""
     try:

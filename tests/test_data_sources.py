@@ -26,7 +26,7 @@ from meshgpt.data.long_line import LongLine
 from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import train_bpe
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 
 TEXTS = [
     path.read_text(encoding="utf-8") for path in sorted((Path(sysconfig.get_path("stdlib")) / "asyncio").glob("*.py"))
@@ -207,7 +207,7 @@ def test_a_hugging_face_data_set(config: Prepare, monkeypatch: pytest.MonkeyPatc
     assert hub.asked[0] == ("some/set", "en", "train", True)
     assert names_of(store)[1] == "hf:some/set@en/train:content[0]:2"
     monkeypatch.setitem(sys.modules, "datasets", FakeHub(breaks=5))
-    with pytest.raises(UserError, match=r"broke off 5 times at record 4 \(reset by peer\): run the same command again"):
+    with pytest.raises(MachineError, match=r"broke off 5 times at record 4 \(reset by peer\): run the same"):
         prepare(replace(asked, out=config.out + "2"), quiet)
     with pytest.raises(UserError, match=r"\[0\]:1 has no field 'text', only \['content'\]"):
         prepare(replace(asked, sources=("hf:some/set/train:text",), out=config.out + "3"), quiet)

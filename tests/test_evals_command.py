@@ -49,6 +49,11 @@ def test_a_runs_results_go_to_its_folder_and_into_its_report(
     ]  # fmt: skip
     tried = here.cli("eval", run, "--choices", data / "choices.jsonl", "--limit", 2)
     assert "to keep these figures, give --out FILE" in tried.out  # and the whole result stays
+    assert tried.out.count("(a try: 2 of 8; 95%: ") == 2
+    out = tmp_path / "tried.json"
+    read = here.cli("eval", run, "--perplexity", data / "pages.jsonl", "--limit", 2, "--out", out)
+    assert read.out.count("(a try: 2 of 6; 95%: ") == 4
+    assert json.loads(out.read_text())["n-samples"]["pages"] == {"original": 6, "effective": 2}
     later = here.cli("eval", run, "--perplexity", data / "pages.jsonl", "--stride", 8, "--step", 20)
     assert later.code == 0, later
     content = json.loads((run / "evals" / "20.json").read_text())

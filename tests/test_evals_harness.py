@@ -17,8 +17,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+from scipy.stats import binomtest
 
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 from meshgpt.evals import choices, harness
 from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.perplexity import measure
@@ -189,7 +190,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_without_network_the_message_says_which_files_and_works(local: TaskManager, tmp_path: Path) -> None:
     """What it says to write is written, and the task then runs under its own name."""
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(MachineError) as refused:
         harness.load(local, ["hellaswag"])
     said = str(refused.value)
     assert "the dataset Rowan/hellaswag is needed" in said
@@ -204,7 +205,7 @@ def test_without_network_the_message_says_which_files_and_works(local: TaskManag
 
 @pytest.mark.usefixtures("no_network")
 def test_of_a_group_without_network_the_parts_are_named(local: TaskManager) -> None:
-    with pytest.raises(UserError, match=r"cais/mmlu \(its parts abstract_algebra, anatomy, astronomy and 54 more\)"):
+    with pytest.raises(MachineError, match=r"cais/mmlu \(its parts abstract_algebra, anatomy, astronomy and 54 more\)"):
         harness.load(local, ["mmlu"])
 
 
@@ -238,6 +239,10 @@ def test_a_limit_takes_the_first_questions_and_every_time_the_same_shots(
     assert random.random() == expected != drawn, "the state of Python's generator is put back"
     assert found["n-samples"]["local_sciq"] == {"original": 24, "effective": 6}
     assert (found["config"]["model"], found["config"]["limit"]) == ("meshgpt", 6)
+    right = round(found["results"]["local_sciq"]["acc,none"] * 6)
+    wilson = binomtest(right, 6).proportion_ci(method="wilson")
+    assert found["intervals"]["local_sciq"]["acc,none"] == pytest.approx((wilson.low, wilson.high))
+    assert "samples" not in found
     assert found["results"] == again["results"]
     assert found["results"] != other["results"]
     assert json.dumps(found, default=str)

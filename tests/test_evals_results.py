@@ -10,6 +10,7 @@ import pytest
 from meshgpt.errors import UserError
 from meshgpt.evals import results
 from meshgpt.evals.choices import Accuracy
+from meshgpt.evals.intervals import Part
 from meshgpt.evals.perplexity import Perplexity
 from meshgpt.report.evals import Result, read_evals
 
@@ -49,7 +50,9 @@ def test_the_report_reads_them(tmp_path: Path) -> None:
     read, unread = read_evals(tmp_path, [])
     assert not unread
     by_name = {(result.task, result.metric): result for result in read}
-    assert by_name["arc", "acc"] == Result(step=20, task="arc", metric="acc", value=0.25, shots=5, better_up=True)
+    part = Part(used=4, of=9)
+    expected = Result(step=20, task="arc", metric="acc", value=0.25, shots=5, better_up=True, part=part)
+    assert by_name["arc", "acc"] == expected
     assert by_name["arc", "exact_match (strict)"].value == 0.5
     assert by_name["mine", "acc"].stderr == pytest.approx(0.25)
     assert by_name["mine", "acc_norm"].better_up is True
@@ -63,6 +66,7 @@ def test_metrics_are_those_that_the_report_knows(tmp_path: Path) -> None:
     metrics = results.metrics(found)
     assert metrics.keys() == {
         *("eval/arc/acc", "eval/arc/exact_match (strict)", "eval/mine/acc", "eval/mine/acc_norm"),
+        *("eval/arc/limited_to", "eval/arc/limited_of"),
         *("eval/wiki/token_perplexity", "eval/wiki/word_perplexity", "eval/wiki/byte_perplexity"),
         "eval/wiki/bits_per_byte",
     }

@@ -19,7 +19,7 @@ from hf_peers import GPT2_TINY, GPTJ_TINY, assert_equal_trees, live, peer
 
 from meshgpt import convert
 from meshgpt.convert import hub
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -293,7 +293,7 @@ def test_source_that_is_not_there(fake_hub, source, message):
 
 def test_no_network_and_nothing_in_the_cache(fake_hub):
     fake_hub.stop()
-    with pytest.raises(UserError, match=r"the hub cannot be reached \(.*[Cc]onnection refused\)"):
+    with pytest.raises(MachineError, match=r"the hub cannot be reached \(.*[Cc]onnection refused\)"):
         convert.open_source("o/safe")
 
 

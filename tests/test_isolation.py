@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from meshgpt.errors import UserError
 from meshgpt.models import layers
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import GPT2Config, GPTJConfig, Model
-from meshgpt.objectives.document_mask import prove_isolation
+from meshgpt.objectives.document_mask import Isolation, prove_isolation
+from meshgpt.training import loop as loop_module
 
 END = 5
 GPT2 = GPT2Config(vocab_size=50, n_positions=32, n_layers=2, n_heads=2, d_model=16)
@@ -63,6 +65,8 @@ def test_the_proof_holds(on_mesh, mesh: tuple[int, int, int], config):
         proved = prove_isolation(model, params, placed(rows(8, 24)), END)
     assert proved.rows == 8
     assert 5 <= proved.shared_rows <= 7
+    ends = rows(8, 24) == END
+    assert proved.documents == sum(1 + row[1:].sum() for row in ends)  # one at position 0 opens the first
 
 
 def test_the_proof_finds_a_kernel_that_ignores_documents(on_mesh, monkeypatch: pytest.MonkeyPatch):
@@ -78,6 +82,50 @@ def test_the_proof_finds_a_kernel_that_ignores_documents(on_mesh, monkeypatch: p
         params = jax.jit(model.init)(jax.random.key(0))
         with pytest.raises(UserError, match=r"attention does not stay within documents: the gradient .* in others"):
             prove_isolation(model, params, placed(rows(8, 24)), END)
+
+
+@pytest.mark.parametrize(("row", "later", "earlier"), [(3, 2, 1), (3, 3, 1), (0, 1, 0), (2, 4, 2), (1, 3, 2)])
+def test_the_proof_finds_a_single_document_that_sees_a_single_other_one(
+    on_mesh, monkeypatch: pytest.MonkeyPatch, row: int, later: int, earlier: int
+):
+    """Whichever row, and wherever in it the two lie: not only the document at some position is asked."""
+    tokens = np.random.default_rng(1).integers(6, 50, (4, 24)).astype(np.int32)
+    tokens[:, [4, 9, 14, 19]] = END  # documents 0 to 4
+    whole, places = layers.attend, (0, 4, 9, 14, 19)
+
+    def leaks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *rest) -> jax.Array:
+        hole = jnp.zeros(mask.shape, bool).at[row, places[later] + 1, places[earlier] + 1].set(True)
+        return whole(q, k, v, mask | hole, *rest)
+
+    monkeypatch.setattr(layers, "attend", leaks)
+    model = Model(config=GPT2)
+    with on_mesh(*SINGLE):
+        params = jax.jit(model.init)(jax.random.key(0))
+        with pytest.raises(UserError, match=r"attention does not stay within documents"):
+            prove_isolation(model, params, placed(tokens), END)
+
+
+def test_all_microbatches_of_the_first_batch_are_looked_at(monkeypatch: pytest.MonkeyPatch, capsys):
+    tokens, seen = rows(6, 9), []
+
+    def looked_at(params: object, part: np.ndarray) -> Isolation:
+        assert params == "params"
+        seen.append(np.asarray(part))
+        return Isolation(rows=len(part), shared_rows=1, documents=4)
+
+    monkeypatch.setattr(loop_module, "isolation_prover", lambda model, end: looked_at if end == END else None)
+    loop = SimpleNamespace(
+        run=SimpleNamespace(accumulate=3, trainable=SimpleNamespace(joined=lambda params, frozen, key: params)),
+        data=SimpleNamespace(document_end=lambda run: END,
+                             batches=SimpleNamespace(rows=lambda step, rows: (tokens, None))),
+        program=SimpleNamespace(model="model"), frozen={},
+    )  # fmt: skip
+    feed = SimpleNamespace(rows=range(6), place=lambda whole: whole.reshape(3, 2, 9))
+    loop_module._prove_isolation(loop, feed, SimpleNamespace(step=0, params="params"))  # type: ignore[arg-type]
+    assert np.array_equal(np.concatenate(seen), tokens[:, :-1])
+    said = capsys.readouterr().out
+    assert "no token of the first batch sees another document, by gradient (3 of 6 rows hold several" in said
+    assert "12 in all" in said
 
 
 def test_a_kernel_that_cannot_is_refused(on_mesh):

@@ -47,6 +47,10 @@ def test_a_run_measures_what_is_named_and_learns_as_without(
         *(f"val/{name}/{figure}" for name in ("own", "whole") for figure in ("loss", "perplexity", "bits_per_byte")),
         *(f"eval/{name}/{figure}" for name in ("choices", "local_sciq") for figure in ("acc", "acc_norm")),
     }
+    ends = (f"{metric}_{end}" for metric in ("acc", "acc_norm") for end in ("low", "high"))
+    marks = ("limited_to", "limited_of", *ends)
+    named |= {f"eval/{name}/{mark}" for name in ("choices", "local_sciq") for mark in marks}
+    assert "(a try: 5 of " in ended.out
     for step, row in rows.items():
         measured = {key for key in row if key.startswith(("val/", "eval/"))}
         assert measured == (named if step in (6, 12, 18, 20) else set()), step

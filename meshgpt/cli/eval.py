@@ -54,7 +54,8 @@ class Arguments:
     stride: int = 0
     """Number of tokens by which a window of --perplexity moves on in a long document; 0 is the whole context."""
     limit: int | None = None
-    """Number of questions taken from each task or file, for a quick try; None takes all."""
+    """Number of questions or documents taken from each task or file, the first ones, for a try, which is marked as one
+    everywhere; None takes all."""
     num_fewshot: int | None = None
     """Number of solved examples before each question; None takes what the task says."""
     max_new_tokens: int = dataclasses.field(default=0, metadata={flags.OTHER_NAMES: ("max_gen_toks", "max_tokens")})
@@ -110,6 +111,7 @@ class _Wanted:
     tasks: dict[str, Any] | None  # of `harness.load`
     choices: dict[str, list[choices.Question]]  # by the name in the results
     perplexity: dict[str, list[str]]
+    whole: dict[str, int]  # questions or documents of each file, before a limit
 
 
 def evaluate(asked: Arguments) -> Results:
@@ -151,10 +153,12 @@ def _wanted(asked: Arguments) -> _Wanted:
     if twice is not None:
         raise UserError(f"two files are called {twice}, or one and a task, and results are kept by name: rename one")
     questions = {files.stem(path): choices.read_questions(files.read_json_lines(path)) for path in asked.choices}
+    texts = {files.stem(path): files.read_texts(path, asked.field) for path in asked.perplexity}
     return _Wanted(
         tasks=tasks,
         choices={name: rows[: asked.limit] for name, rows in questions.items()},
-        perplexity={files.stem(path): files.read_texts(path, asked.field)[: asked.limit] for path in asked.perplexity},
+        perplexity={name: documents[: asked.limit] for name, documents in texts.items()},
+        whole={name: len(rows) for name, rows in (*questions.items(), *texts.items())},
     )
 
 
@@ -162,10 +166,10 @@ def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Score
     found: Results = {"results": {}}
     for name, texts in wanted.perplexity.items():
         measured = perplexity.measure(scorer, trained.tokenizer, texts, report, stride=asked.stride)
-        found = results.merged(found, results.of_perplexity(name, measured))
+        found = results.merged(found, results.of_perplexity(name, measured, wanted.whole[name]))
     for name, questions in wanted.choices.items():
         answered = choices.choose(scorer, trained.tokenizer, questions, report)
-        found = results.merged(found, results.of_choices(name, answered))
+        found = results.merged(found, results.of_choices(name, answered, wanted.whole[name]))
     if wanted.tasks is not None:
         ran = harness.run(
             scorer, trained.tokenizer, wanted.tasks, report, limit=asked.limit, max_gen_toks=asked.max_new_tokens

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -19,13 +19,15 @@ from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.evals import choices, files, perplexity
+from meshgpt.evals.intervals import Part
 from meshgpt.evals.scoring import Progress, Scorer
 from meshgpt.models.model import Model, ModelConfig, parameter_shapes
 from meshgpt.models.precision import Precision
 from meshgpt.report.blocks import Block, Code, Heading, Table, Text, to_markdown
+from meshgpt.report.front_matter import front_matter_of
 from meshgpt.settings import settings
 from meshgpt.training.load import open_trained
-from meshgpt.training.pretrained import RECORD
+from meshgpt.training.pretrained import RECORD, hub_id
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 from meshgpt.trees import Tree
@@ -97,7 +99,8 @@ def quantize(arguments: Sequence[str]) -> None:
         def finish(folder: Path) -> None:
             after = measure(form.load(folder, opened.config, model.abstract_params())) if before else {}
             table = quality_table(before, after, _bytes_before(opened.config), sum(_sizes(folder)))
-            (folder / "README.md").write_text(to_markdown(_card(asked, opened, table), ""), encoding="utf-8")
+            text = front_matter_of(_front(asked)) + to_markdown(_card(asked, opened, table), "")
+            (folder / "README.md").write_text(text, encoding="utf-8")
             print("\n".join(_lines(table)))
 
         convert.quantize(
@@ -154,16 +157,23 @@ def _held_out(folder: RunFolder) -> dict[str, list[str]]:
         return {}
     stores = [Path(row["store"]) for row in json.loads(folder.ledger.read_text(encoding="utf-8"))]
     texts: list[str] = []
+    opened = [Store.open(path) for path in stores if path.is_dir()]
+    whole = sum(store.split("val").num_tokens for store in opened)
     left = _HELD_OUT_TOKENS
-    for store in (Store.open(path) for path in stores if path.is_dir()):
+    for store in opened:
         split, tokenizer = store.split("val"), store.tokenizer()
         for number in range(split.num_documents):
-            tokens = split.document_tokens(number)[:left]
+            if not left:
+                break
+            start, stop = split.document_range(number)
+            tokens = split.tokens(start, min(stop, start + left))
             left -= len(tokens)
             texts += (
                 [tokenizer.decode([i for i in tokens.tolist() if i != tokenizer.eot_id])] if len(tokens) > 1 else []
             )
-    return {"held-out text": texts} if texts else {}
+    part = Part(used=_HELD_OUT_TOKENS - left, of=whole, unit="tokens")
+    name = f"held-out text (a try: {part})" if part.limited else "held-out text"
+    return {name: texts} if texts else {}
 
 
 def _measure(
@@ -213,6 +223,15 @@ def _lines(table: Table) -> list[str]:
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [*lines, table.note] if table.note else lines
+
+
+def _front(asked: Arguments) -> dict[str, Any]:
+    """The fields that open the card; the base is named where the hub knows it."""
+    gguf = asked.format.startswith("gguf")
+    fields: dict[str, Any] = {"pipeline_tag": "text-generation", "tags": ["meshgpt", asked.format]}
+    fields["library_name"] = "gguf" if gguf else "transformers"
+    base = hub_id(asked.source)
+    return fields | ({"base_model": base, "base_model_relation": "quantized"} if base else {})
 
 
 def _card(asked: Arguments, opened: Opened, table: Table) -> list[Block]:

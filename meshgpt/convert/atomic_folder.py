@@ -10,7 +10,7 @@ import jax
 
 from meshgpt.atomic import rename_folder
 from meshgpt.distributed import processes
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 
 _SPARE_BYTES = 64_000_000  # tokenizer, JSON and what the file system needs for itself
 
@@ -63,7 +63,7 @@ def _make(folder: Path, total: int) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}") from error
+        raise explained(error, f"cannot write to {folder.parent}: {error.strerror}") from error
     free = shutil.disk_usage(folder).free
     if free < total + _SPARE_BYTES:
         folder.rmdir()

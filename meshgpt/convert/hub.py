@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError, explained
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -39,7 +39,8 @@ def download(source: str) -> Path:
     safetensors are preferred; `pytorch_model.bin` is downloaded only where there are none.
 
     Raises:
-      UserError: `huggingface_hub` is not installed, no such model, no access, no network, or no room on the disk.
+      UserError: `huggingface_hub` is not installed, no such model, no access, or no room on the disk.
+      MachineError: the hub does not answer, or breaks off.
     """
     folder = _snapshot(source, [*_SMALL, *_SAFETENSORS])
     if not any(folder.glob("*.safetensors")):
@@ -65,12 +66,13 @@ def _snapshot(source: str, patterns: list[str]) -> Path:
             f"there is no folder {name!r} here, and no such model on the hub (or it is private: set HF_TOKEN)"
         ) from error
     except errors.LocalEntryNotFoundError as error:  # offline, or nobody answered, and the cache has it not or not all
-        raise UserError(
+        raise (UserError if hub.constants.HF_HUB_OFFLINE else MachineError)(
             f"{source} is neither a folder here nor complete in the hub's cache, and the hub cannot be reached "
             f"({_reason(error)}); check the network, or name a local folder"
         ) from error
     except (OSError, errors.HTTPError) as error:
-        raise UserError(f"downloading {source} from the hub failed: {_reason(error)}; try again") from error
+        text = f"downloading {source} from the hub failed: {_reason(error)}; try again"
+        raise (explained(error, text) if isinstance(error, OSError) else MachineError(text)) from error
 
 
 def _library(source: str) -> Any:

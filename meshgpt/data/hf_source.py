@@ -13,7 +13,7 @@ from typing import Any, final
 from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError, explained
 
 PREFIX = "hf:"
 _TRIES = 5
@@ -67,7 +67,7 @@ class Shard:
             except OSError as error:  # every network error of requests, httpx's aside, and of fsspec is one
                 tries += 1
                 if tries == _TRIES:
-                    raise UserError(
+                    raise MachineError(
                         f"{self.name} broke off {_TRIES} times at record {done + 1} ({error}): run the same command "
                         "again when the network is well; what is done is kept"
                     ) from error
@@ -78,7 +78,8 @@ def list_inputs(source: str) -> list[Shard]:
     """The shards of ``hf:NAME[@CONFIG]/SPLIT:FIELD``.
 
     Raises:
-        UserError: misspelt, not to be reached, or `datasets` is not installed.
+        UserError: misspelt, or `datasets` is not installed.
+        MachineError: not to be reached.
     """
     rest, _, field = source.removeprefix(PREFIX).rpartition(":")
     path, _, split = rest.rpartition("/")
@@ -94,5 +95,6 @@ def list_inputs(source: str) -> list[Shard]:
         shards = int(dataset.num_shards)
     except (ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"source {source!r} cannot be opened ({first}): spell it {_SPELLING}") from error
+        text = f"source {source!r} cannot be opened ({first}): spell it {_SPELLING}"
+        raise (explained(error, text) if isinstance(error, OSError) else UserError(text)) from error
     return [Shard(source, dataset, field, number) for number in range(shards)]

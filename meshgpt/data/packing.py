@@ -18,7 +18,7 @@ import numpy as np
 from meshgpt.atomic import replacing, write_atomically
 from meshgpt.data.files import file_sha256
 from meshgpt.data.store import Store
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text
 
 PIECE = np.dtype([("start", "<i8"), ("length", "<u4")])
@@ -82,7 +82,7 @@ def pack(store: Store, seq_len: int) -> Packing:
         }
         write_atomically(files.index, json_text(index, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write the plan beside the store {store.folder}: {error}") from error
+        raise explained(error, f"cannot write the plan beside the store {store.folder}: {error}") from error
     return packing
 
 

@@ -11,7 +11,7 @@ from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest
 from meshgpt.data.text_files import SourceFile
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -62,7 +62,9 @@ class Parquet:
                             kind = "null" if value is None else type(value).__name__
                             yield UserError(f"{self.name}:{rows}: column {field!r} is a {kind}, not text")
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.name} is no parquet file, or a damaged one ({error}): fetch it again") from error
+            text = f"{self.name} is no parquet file, or a damaged one ({error}): fetch it again"
+            numbered = isinstance(error, OSError) and error.errno is not None  # else of a damaged file
+            raise (explained(error, text) if numbered else UserError(text)) from error
 
     def _open(self) -> "pyarrow.parquet.ParquetFile":
         try:

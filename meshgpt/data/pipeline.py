@@ -158,6 +158,14 @@ class EvalBatches:
         """Of the text as UTF-8."""
         return sum(split.num_bytes for split in self.splits)
 
+    def bytes_of(self, tokens: int) -> float:
+        """Bytes of the first so many tokens' text; within a document by its share of tokens."""
+        found = 0.0
+        for split in self.splits:
+            found += split.bytes_of(min(tokens, split.num_tokens))
+            tokens = max(0, tokens - split.num_tokens)
+        return found
+
     @property
     def gzip_bits_per_byte(self) -> float | None:
         """What ``gzip -9`` needs, where it was measured for every split."""

@@ -24,7 +24,7 @@ from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 from meshgpt.data.worker import WorkerPool, token_dtype
 from meshgpt.data.writer import Counts, StoreWriter
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text, settings
 
 # Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.
@@ -148,7 +148,7 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full ({out}): free space and run this again; what is done is kept") from error
-        raise UserError(f"cannot write the store {out}: {error}") from error
+        raise explained(error, f"cannot write the store {out}: {error}") from error
     return Store.open(out)
 
 

@@ -103,6 +103,15 @@ class Split:
             raise UserError(f"{self._documents_path} does not match the index: prepare the store again")
         return rows
 
+    def bytes_of(self, tokens: int) -> float:
+        """Bytes of the text of the first so many tokens; within a document by its share of tokens."""
+        if tokens >= self.num_tokens:
+            return float(self.num_bytes)
+        number = self.document_at(tokens)
+        start, stop = self.document_range(number)
+        whole = int(self.documents["bytes"][:number].sum(dtype=np.int64))
+        return whole + int(self.documents["bytes"][number]) * (tokens - start) / (stop - start)
+
     def document_at(self, token: int) -> int:
         """The number of the document that holds a token."""
         return int(np.searchsorted(self.documents["end"], token, side="right"))

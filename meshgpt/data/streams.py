@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, BinaryIO
 
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 
 COMPRESSED = (".gz", ".zst", ".xz")
 _READ_BYTES = 1 << 20
@@ -76,6 +76,7 @@ def open_stream(path: str, name: str, size: int) -> Iterator[tuple[BinaryIO, Has
 
     Raises:
         UserError: it cannot be read, or its compressed stream is damaged; names it.
+        MachineError: the disk or the network fails.
     """
     try:
         with _open(path) as handle:
@@ -84,7 +85,7 @@ def open_stream(path: str, name: str, size: int) -> Iterator[tuple[BinaryIO, Has
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _ZstdError) as error:
         raise UserError(f"{name} is damaged or cut short ({error}): fetch it again") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise explained(error, f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _open(path: str) -> IO[bytes]:

@@ -12,7 +12,7 @@ from typing import IO, Any, final
 from meshgpt.data.blocks import Origin, json_blocks, text_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import COMPRESSED, FileDigest, HashingReader, open_stream, without_compression
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 
 STDLIB = "stdlib"  # the source that every machine has: the running Python's own library
 _STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -150,8 +150,10 @@ def _list_remote(source: str, extensions: Sequence[str]) -> list[SourceFile]:
         return _no_source(source)
     except ImportError as error:  # fsspec names the package that knows this kind of URL
         raise UserError(f"source {source!r}: {error}") from error
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"source {source!r} cannot be listed: {error}") from error
+    except OSError as error:
+        raise explained(error, f"source {source!r} cannot be listed: {error}") from error
 
 
 def _no_source(source: str) -> list[SourceFile]:

@@ -12,7 +12,7 @@ from typing import Any, final
 from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.documents import Block
 from meshgpt.data.streams import FileDigest
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 
 PREFIX = "tfds:"
 _SLICE = 20_000  # records
@@ -45,9 +45,10 @@ class Slice:
             try:
                 value = self._records_of[number][self._field]
             except (ValueError, OSError, RuntimeError) as error:
-                raise UserError(
-                    f"record {number + 1} of {self.name} cannot be read ({error}): build it again"
-                ) from error
+                text = f"record {number + 1} of {self.name} cannot be read ({error}): build it again"
+                if isinstance(error, OSError) and error.errno is not None:  # else of a damaged file
+                    raise explained(error, text) from error
+                raise UserError(text) from error
             data = value.encode() if isinstance(value, str) else value
             if isinstance(data, bytes):
                 digest.update(len(data).to_bytes(8, "little") + data)

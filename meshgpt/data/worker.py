@@ -25,7 +25,7 @@ import meshgpt
 from meshgpt.data.documents import Block, Document, Rules, documents
 from meshgpt.data.sources import ReadBlock
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 
 # One row a document. end: tokens of the split up to and including this document; bytes: of its text as UTF-8;
 # file and record: where it came from; digest: 128 bits, equal for exact duplicates.
@@ -159,7 +159,7 @@ class WorkerPool:
             _send(worker.stdin, block.header(), [block.payload])
             header, payload = _receive(worker.stdout)
         except (EOFError, BrokenPipeError) as error:
-            raise UserError(
+            raise MachineError(
                 f"a worker process died (exit status {worker.wait()}) while tokenizing {block.spans[0].name}; "
                 "if memory ran out, pass fewer --workers. What is done is kept: run the same command again"
             ) from error

@@ -223,7 +223,10 @@ def _check_address(place: Placement) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror as error:
-        raise UserError(f"{host} is not known here ({error.strerror}): give --bind ADDRESS of this machine") from error
+        later = error.errno == socket.EAI_AGAIN  # the name server did not answer
+        raise (MachineError if later else UserError)(
+            f"{host} is not known here ({error.strerror}): give --bind ADDRESS of this machine"
+        ) from error
     except OSError as error:
         replaceable = error.errno == errno.EADDRINUSE and "MESHGPT_ANY_PORT" in os.environ
         raise (PortTakenError if replaceable else UserError)(

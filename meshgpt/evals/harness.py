@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshgpt.data.tokenizer import Tokenizer
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError, explained
+from meshgpt.evals.intervals import Interval, bootstrap, is_share, wilson
 from meshgpt.evals.lm import Answers, harness_lm
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Progress, Scorer
@@ -84,7 +85,8 @@ def load(tasks: "TaskManager", names: Sequence[str], num_fewshot: int | None = N
       num_fewshot: solved examples before each question, for tasks that do not fix it at 0.
 
     Raises:
-      UserError: data that are not there and cannot be fetched, or a task that is not right; says what is missing.
+      UserError: data that are not there, or a task that is not right; says what is missing.
+      MachineError: the same where the network fails.
     """
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -92,7 +94,7 @@ def load(tasks: "TaskManager", names: Sequence[str], num_fewshot: int | None = N
             with _repeatable():  # some tasks shuffle answers as they load
                 one = tasks.load([name])
         except _LOAD_ERRORS as error:
-            raise UserError(_missing(tasks, name, error)) from error
+            raise _unloaded(error, _missing(tasks, name, error)) from error
         for part in loaded:
             loaded[part] |= one.get(part, {})
     for name, task in loaded["tasks"].items():
@@ -116,7 +118,7 @@ def run(
     limit: int | None = None,
     max_gen_toks: int = 0,
 ) -> Results:
-    """The results of loaded tasks, in the harness's form.
+    """The results of loaded tasks, in the harness's form, with `intervals` (`results`).
 
     Args:
       limit: take only the first so many questions of each task.
@@ -132,10 +134,15 @@ def run(
         task.set_fewshot_seed(seed=_SHOTS_SEED)
     lm = harness_lm(Answers(scorer, tokenizer, report, max_gen_toks))
     with _repeatable():
-        found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False)
-    assert found is not None
+        found = evaluate(
+            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=limit is not None
+        )
+        assert found is not None
+        samples = found.pop("samples", {})
+        intervals = _intervals(loaded["tasks"], dict(found), samples)
     return {
         **found,
+        "intervals": intervals,
         "config": {
             "model": "meshgpt",
             "batch_size": scorer.batch_size or "auto",
@@ -151,6 +158,33 @@ def run(
     }
 
 
+def _intervals(tasks: dict[str, Any], found: Results, samples: dict[str, Any]) -> dict[str, dict[str, Interval | None]]:
+    """The 95% interval of each figure of each task, by its answers where they were kept (`samples`).
+
+    Wilson's where an answer is right or wrong, and without the answers of every share; else the percentiles of the
+    task's own figure over answers drawn again and again.
+    """
+    ranges: dict[str, dict[str, Interval | None]] = {}
+    for name, task in tasks.items():
+        count = found["n-samples"][name]["effective"]
+        ranges[name] = {}
+        for key, value in found["results"][name].items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+                continue
+            answers = [one[metric] for one in samples.get(name, ()) if one["filter"] == chosen and metric in one]
+            share = is_share(metric, float(value))
+            if share and (not answers or all(answer in (0, 1) for answer in answers)):
+                ranges[name][key] = wilson(float(value), count)
+            else:
+                ranges[name][key] = _resampled(task.aggregation()[metric], answers) if answers else None
+    return ranges
+
+
+def _resampled(figure: Callable[[list[Any]], float], answers: list[Any]) -> Interval | None:
+    return bootstrap(len(answers), lambda indices: float(figure([answers[index] for index in indices])))
+
+
 def leaves(tasks: "TaskManager", name: str) -> list[str]:
     """The names of the tasks that a task, group or tag stands for."""
     entry = tasks.task_index[name]
@@ -161,6 +195,15 @@ def leaves(tasks: "TaskManager", name: str) -> list[str]:
         return [name]
     named = [member if isinstance(member, str) else member.get("task", member.get("group")) for member in members]
     return [leaf for member in named if member in tasks.task_index for leaf in leaves(tasks, member)]
+
+
+def _unloaded(error: Exception, text: str) -> UserError | MachineError:
+    """A network that fails is the machine's fault; one that was switched off (HF_HUB_OFFLINE) is the user's wish."""
+    from datasets import config
+
+    if isinstance(error, ConnectionError | TimeoutError) and not config.HF_HUB_OFFLINE:
+        return explained(error, text)
+    return UserError(text)
 
 
 def _missing(tasks: "TaskManager", name: str, error: Exception) -> str:

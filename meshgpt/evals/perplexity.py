@@ -18,7 +18,10 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from meshgpt.data.tokenizer import Tokenizer
+from meshgpt.evals.intervals import Interval, ratio_interval
 from meshgpt.evals.requests import windows
 from meshgpt.evals.scoring import Progress, Scorer
 
@@ -32,6 +35,7 @@ class Perplexity:
     words: int
     bytes: int
     documents: int
+    by_document: np.ndarray | None = None  # (documents, 4): nats, tokens, words and bytes of each
 
     @property
     def token_perplexity(self) -> float:
@@ -57,6 +61,19 @@ class Perplexity:
         """The four of them by name."""
         names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
         return {name: getattr(self, name) for name in names}
+
+    def intervals(self) -> dict[str, Interval | None]:
+        """The 95% interval of each of `figures`, by resampling documents; None where there are too few to do so."""
+        if self.by_document is None:
+            return dict.fromkeys(self.figures())
+        nats, tokens, words, sizes = self.by_document.T
+        found = {"token_perplexity": tokens, "word_perplexity": words, "byte_perplexity": sizes}
+        ranges: dict[str, Interval | None] = {}
+        for name, counted in found.items():
+            between = ratio_interval(nats, counted)
+            ranges[name] = None if between is None else (_exp(between[0]), _exp(between[1]))
+        bits = ratio_interval(nats, sizes * math.log(2))
+        return ranges | {"bits_per_byte": bits}
 
 
 def measure(
@@ -84,12 +101,18 @@ def measure(
     requests = [window for document in cut for window in document]
     scores = scorer.score(requests, report, "perplexity")
     counted = texts if counted is None else counted
+    words = [len(re.split(r"\s+", text)) for text in counted]
+    sizes = [len(text.encode()) for text in counted]
+    left = iter(scores)
+    nats = [-math.fsum(next(left).log_likelihood for _ in document) for document in cut]
+    tokens = [sum(window.scored for window in document) for document in cut]
     return Perplexity(
         nats=-math.fsum(score.log_likelihood for score in scores),
-        tokens=sum(request.scored for request in requests),
-        words=sum(len(re.split(r"\s+", text)) for text in counted),
-        bytes=sum(len(text.encode()) for text in counted),
+        tokens=sum(tokens),
+        words=sum(words),
+        bytes=sum(sizes),
         documents=len(texts),
+        by_document=np.array([nats, tokens, words, sizes], np.float64).T,
     )
 
 

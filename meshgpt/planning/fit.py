@@ -18,6 +18,7 @@ from meshgpt.optim.config import Constant, InverseSqrt
 from meshgpt.planning.scaling_laws import Counting, Fit, Points, fit
 from meshgpt.report.facts import Facts
 from meshgpt.report.write import read_runs
+from meshgpt.report.yardstick import other_text, other_tokens
 from meshgpt.settings import settings
 from meshgpt.training.trackers import amount
 
@@ -69,12 +70,27 @@ def size(run: Facts, count: Counting) -> int:
     return run.parameters.total if count == "all" else run.parameters.blocks
 
 
+def check_comparable(runs: Sequence[Facts]) -> None:
+    """Raises UserError for runs whose losses a token no law can hold together."""
+    named = [(run.name, run.yardstick) for run in runs]
+    if said := other_tokens(named):
+        raise UserError(
+            f"{said}: their losses are nats for different pieces of text, and their tokens (D) too, so that one law "
+            "cannot hold for them. Fit and predict runs of one tokenizer"
+        )
+    if said := other_text(named):
+        raise UserError(
+            f"the runs were evaluated on different held-out texts ({said}), so that one law cannot hold for them"
+        )
+
+
 def measured(runs: Sequence[Facts], which: Literal["auto", "final", "all"], count: Counting) -> Points:
     """The points of the runs.
 
     Raises:
-      UserError: a run has no validation loss, or the runs are of different texts.
+      UserError: a run has no validation loss, or the runs are of different texts or tokenizers.
     """
+    check_comparable(runs)
     stores = {run.last("gzip_bits_per_byte") for run in runs}
     if len(stores) > 1:
         raise UserError("the runs were evaluated on different held-out texts, so that one law cannot hold for them")
@@ -211,6 +227,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError("which runs? give several of different sizes: meshgpt plan fit runs/a runs/b runs/c")
     jax.config.update("jax_platforms", "cpu")  # an accelerator here belongs to whatever is training
     runs = read_runs([*asked.runs, *asked.predict])
+    check_comparable(runs)
     points = measured(runs[: len(asked.runs)], asked.points, asked.count)
     found = fitted(points, asked.resamples)
     predictions = [predict(found, run, asked.count) for run in runs[len(asked.runs) :]]

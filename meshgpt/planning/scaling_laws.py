@@ -165,7 +165,7 @@ class ModelShape:
         return self.blocks + tables * self.d_model + 2 * self.d_model + (0 if self.positions else self.vocab)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """As `scaling.flops_per_token` counts: 6 a weight of a matmul (the head's too), and attention."""
+        """As `flops.flops_per_token` counts: 6 a weight of a matmul (the head's too), and attention."""
         matmul = 12 * self.n_layers * self.d_model**2 + self.vocab * self.d_model
         return 6 * matmul + 12 * self.n_layers * self.d_model * seq_len
 

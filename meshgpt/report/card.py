@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshgpt.config import Run
+from meshgpt.evals.intervals import held_out_interval
 from meshgpt.models import flops
 from meshgpt.models.model import GPTJConfig, ModelConfig, parameter_shapes
 from meshgpt.models.trainable import Full
+from meshgpt.objectives.distillation import Distill
 from meshgpt.optim.schedules import Piecewise, fitting_warmup
+from meshgpt.report import lineage
 from meshgpt.report.blocks import Block, Bullets, Code, Figure, Heading, Table, Text, clean
 from meshgpt.report.distillation import distillation
 from meshgpt.report.energy import Assumptions, Energy, energy
@@ -34,6 +37,8 @@ class CardOptions:
     """Languages of the text, as ISO 639-1 codes."""
     author: str = ""
     """Name of the author, for the citation."""
+    base_model: str = ""
+    """Hub id of the weights that the run began with (--init), where the run's folder does not know it."""
     location: str = ""
     """Place where the model was trained, for the emissions."""
     energy: Assumptions = Assumptions()
@@ -68,11 +73,13 @@ def _description(facts: Facts) -> list[Block]:
     model = facts.run.model
     family = "GPT-J" if isinstance(model, GPTJConfig) else "GPT-2"
     shape = facts.parameters
+    made_of = lineage.made_of(facts.run)
+    from_others = f", {made_of}" if made_of else ""
     text = (
-        f"{facts.name} is a {family} language model with {shape.total:,} parameters, trained with meshgpt "
+        f"{facts.name} is a {family} language model with {shape.total:,} parameters{from_others}, trained with meshgpt "
         f"{facts.record.get('meshgpt', '')}: a decoder-only transformer that predicts the next token of a text. "
     )
-    state = f"It has been trained for {facts.step:,} of {facts.run.last_step:,} steps"
+    state = f"{'Here it' if from_others else 'It'} has been trained for {facts.step:,} of {facts.run.last_step:,} steps"
     text += f"{state}, {amount(facts.tokens)} tokens." if facts.finished else f"{state} so far: it is not finished."
     return [
         Heading(level=2, text="Model Description"),
@@ -110,10 +117,18 @@ def _counting(model: ModelConfig) -> str:
     """How the number of parameters is counted, where a published one differs."""
     lines = flops.explain_parameters(parameter_shapes(model), model.vocab_size).splitlines()
     published = [line for line in lines if "is published with" in line]
-    return published[0] if published else "Every trained number is counted once; padding of the vocabulary is not."
+    return published[0] if published else "Every number is counted once; padding of the vocabulary is not."
+
+
+def _not_trained_for(run: Run) -> str:
+    """Of this run alone: what other models brought along is not known here."""
+    others, text = lineage.others(run), "it was not trained to follow instructions or to be safe"
+    return f"here {text} (what {others} was trained for, its own card says)" if others else text
 
 
 def _use(facts: Facts) -> list[Block]:
+    others = lineage.others(facts.run)
+    inherited = f", and that of {others}" if others else ""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "export"  # in the folder of the run, or where `meshgpt export` put it\n'
@@ -127,13 +142,13 @@ def _use(facts: Facts) -> list[Block]:
         Text(text=f"The model is best at what it was trained for: going on from a prompt. Intended use: {TO_FILL}."),
         Heading(level=3, text="Out-of-scope use"),
         Text(
-            text="It is not a product: it was not trained to follow instructions or to be safe, and needs fine-tuning, "
-            f"supervision or moderation before people meet it. Out of scope besides: {TO_FILL}."
+            text=f"It is not a product: {_not_trained_for(facts.run)}, and it needs fine-tuning, supervision or "
+            f"moderation before people meet it. Out of scope besides: {TO_FILL}."
         ),
         Heading(level=3, text="Limitations and Biases"),
         Text(
             text="It predicts likely words, which need not be true ones, and repeats whatever profanity and prejudice "
-            f"its training text has. Known of this model and this text: {TO_FILL}."
+            f"its training text has{inherited}. Known of this model and this text: {TO_FILL}."
         ),
         Heading(level=3, text="How to use"),
         Code(language="python", text=code),
@@ -143,8 +158,11 @@ def _use(facts: Facts) -> list[Block]:
 def _data(facts: Facts) -> list[Block]:
     total = sum(source.tokens for source in facts.sources)
     head: list[Block] = [Heading(level=2, text="Training data")]
+    others = lineage.others(facts.run)
+    here = " in this run" if others else ""
+    before: list[Block] = [Text(text=f"What {others} was trained on, its own card says.")] if others else []
     if not total:
-        return [*head, Text(text=f"{amount(facts.tokens)} tokens were seen. The text: {TO_FILL}.")]
+        return [*head, Text(text=f"{amount(facts.tokens)} tokens were seen{here}. The text: {TO_FILL}."), *before]
     seen = all(source.seen is not None for source in facts.sources)
     rows = [
         [s.name, f"{s.tokens:,}", f"{s.tokens / total:.1%}", f"{s.documents:,}", f"{s.bytes:,}"]
@@ -152,11 +170,11 @@ def _data(facts: Facts) -> list[Block]:
         for s in facts.sources
     ]
     text = (
-        f"{total:,} tokens of training text, of which the model has seen {facts.tokens:,}: "
+        f"{total:,} tokens of training text, of which the model has seen {facts.tokens:,}{here}: "
         f"{facts.tokens / total:.2f} epochs. Where the text is from and under which licence: {TO_FILL}."
     )
     header = ["Source", "Tokens", "Share", "Documents", "Bytes", *(["Tokens seen", "Epochs"] if seen else [])]
-    return [*head, Text(text=text), Table(header=header, rows=rows)]
+    return [*head, Text(text=text), *before, Table(header=header, rows=rows)]
 
 
 def _change(change: dict[str, Any]) -> str:
@@ -168,6 +186,7 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
     run = facts.run
     per_step = run.global_batch * run.sequence_length
     restarts = f", in {len(facts.sessions)} sessions" if len(facts.sessions) > 1 else ""
+    last = " of the last session" if restarts else ""
     hours = "not recorded" if facts.hours is None else f"{facts.hours:.4g} ({duration(facts.hours * 3600)}){restarts}"
     rows = [
         ("Steps", f"{facts.step:,}" + ("" if facts.finished else f" of {run.last_step:,}, in progress")),
@@ -182,17 +201,18 @@ def _procedure(facts: Facts, spent: Energy) -> list[Block]:
         ("Hardware", facts.hardware or "not recorded"),
         ("Hours", hours),
         *_restarts(facts),
-        ("Total FLOs", f"{facts.flops:.3g} ({amount(facts.flops_per_token)} a token: {_FLOPS_RULE})"),
+        ("Total FLOs", f"{facts.flops:.3g} ({amount(facts.flops_per_token)} a token: {_flops_rule(run)})"),
         ("Energy", "not known" if spent.kwh is None else f"{spent.kwh:.4g} kWh"),
         ("Last training loss", _number(facts.last("loss"))),
         ("Seed", f"{run.seed}"),
-        ("Software", ", ".join(f"{k} {v}" for k, v in dict(facts.record.get("versions", {})).items())),
-        ("Revision", f"{facts.record.get('git_revision') or 'unknown'}"),
+        (f"Software{last}", ", ".join(f"{k} {v}" for k, v in dict(facts.record.get("versions", {})).items())),
+        (f"Revision{last}", f"{facts.record.get('git_revision') or 'unknown'}"),
     ]
-    objective = "It was trained to maximise the likelihood of the next token (cross-entropy)."
+    notes = [str(note) for note in lineage.origin(facts).get("notes", [])]
     return [
         Heading(level=2, text="Training procedure"),
-        Text(text=objective),
+        Text(text=f"{lineage.beginning(facts)} {lineage.objective(run)}"),
+        *([Text(text=f"Of the weights that it began with: {'; '.join(notes)}.")] if notes else []),
         Table(header=("", "Value"), rows=rows),
         Code(language="", text=clean(str(facts.record.get("command", "")))),
     ]
@@ -207,7 +227,12 @@ def _restarts(facts: Facts) -> list[tuple[str, str]]:
     return [("Restarts", f"{facts.restarts:,}{share}")]
 
 
-_FLOPS_RULE = "6 per weight of a matmul, and attention"
+def _flops_rule(run: Run) -> str:
+    if isinstance(run.trainable, Full):
+        rule = "6 per weight of a matmul, and attention"
+    else:
+        rule = "2 per weight of a matmul forward, the backward pass of what needs one, and attention"
+    return f"{rule}; and the teacher's forward pass" if isinstance(run.objective, Distill) else rule
 
 
 def _compute(facts: Facts) -> str:
@@ -258,10 +283,20 @@ def _held_out(facts: Facts) -> list[Block]:
     loss, bits, gzip = (facts.last(key) for key in ("val_loss", "val_bits_per_byte", "gzip_bits_per_byte"))
     if loss is None:
         return [Text(text="No held-out text was evaluated yet.")]
-    rows = [("loss (nats per token)", f"{loss:.4f}"), ("perplexity per token", f"{perplexity(loss):.2f}")]
-    rows += [] if bits is None else [("bits per byte", f"{bits:.4f}")]
+    part, between = facts.measured_part(), held_out_interval(facts.last_row("val_loss"))
+
+    def ends(scaled: Callable[[float], float], form: str) -> str:
+        return "" if between is None else " (95%: {} to {})".format(*(f"{scaled(end):{form}}" for end in between))
+
+    rows = [("loss (nats per token)", f"{loss:.4f}{ends(lambda end: end, '.4f')}")]
+    rows += [("perplexity per token", f"{perplexity(loss):.2f}{ends(perplexity, '.2f')}")]
+    rows += [] if bits is None else [("bits per byte", f"{bits:.4f}{ends(lambda end: end * bits / loss, '.4f')}")]
     rows += [] if gzip is None else [("bits per byte that gzip -9 needs", f"{gzip:.4f}")]
-    return [Table(header=("Held-out text", "Value"), rows=rows)]
+    if part is None:
+        return [Table(header=("Held-out text", "Value"), rows=rows)]
+    said = "no interval is known" if between is None else "intervals are of resampled batches"
+    note = f"A try: measured on {part} of the held-out text; {said}. It is not among the results that the hub shows."
+    return [Table(header=(f"Held-out text (a try: {part})", "Value"), rows=rows, note=note)]
 
 
 def _environment(facts: Facts, spent: Energy) -> list[Block]:
@@ -291,7 +326,7 @@ _PAPERS = {
 
 
 def _citation(facts: Facts, options: CardOptions) -> list[Block]:
-    year = str(facts.record.get("started", ""))[:4]
+    year = facts.started[:4]
     key = "".join(c for c in facts.name if c.isascii() and c.isalnum()) or "model"
     name, author = (_bibtex(text) for text in (facts.name, options.author or TO_FILL))
     ours = f"@misc{{{key},\n  author = {{{author}}},\n  title = {{{{{name}}}}},\n  year = {year or TO_FILL}\n}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -19,9 +20,11 @@ from meshgpt.data.mixture import Schedule
 from meshgpt.data.records import Packed, Sequences
 from meshgpt.data.store import Store
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import Part, held_out_part
 from meshgpt.models import flops as scaling
 from meshgpt.models.model import parameter_shapes
 from meshgpt.report.evals import Result, read_evals
+from meshgpt.report.yardstick import Yardstick, read_yardstick
 from meshgpt.training.program import flops_per_token
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.sessions import read_sessions
@@ -65,6 +68,16 @@ class Facts:
     notes: list[str]
     parameters: scaling.Parameters
     flops_per_token: int
+
+    @functools.cached_property
+    def yardstick(self) -> Yardstick:
+        """What its losses are measured by."""
+        return read_yardstick(RunFolder(self.folder), self.rows)
+
+    @property
+    def started(self) -> str:
+        """When the run's first session began (UTC, ISO 8601); "" where nothing recorded it."""
+        return _started(self.record, self.sessions)
 
     @property
     def step(self) -> int:
@@ -120,9 +133,25 @@ class Facts:
 
     def last(self, key: str) -> float | None:
         """The last finite value of a key."""
-        values = self.series(key)[1]
-        finite = values[np.isfinite(values)]
-        return float(finite[-1]) if finite.size else None
+        row = self.last_row(key)
+        return number(row[key]) if row else None
+
+    def measured_part(self, prefix: str = "val_") -> Part | None:
+        """Tokens of the held-out text, or (`val/<store>/`) of a named store, that its last figure was measured on.
+
+        None where it was all of them. Metrics of before this was kept say nothing of a run with `eval_batches`: then
+        how many there are counts as not known.
+        """
+        row = self.last_row(f"{prefix}loss")
+        part = held_out_part(row, prefix)
+        if part is None and row and self.run.eval_batches:
+            used = self.run.eval_batches * self.run.global_batch * self.run.sequence_length
+            part = Part(used=used, of=None, unit="tokens")
+        return part if part is not None and part.limited else None
+
+    def last_row(self, key: str) -> dict[str, Any]:
+        """The last line of the metrics with a finite value of `key`; {} where there is none."""
+        return next((row for row in reversed(self.rows) if math.isfinite(number(row.get(key)))), {})
 
 
 def number(value: Any) -> float:
@@ -139,26 +168,33 @@ def read_facts(path: Path) -> Facts:
     folder = RunFolder(path)
     run = folder.read_run()
     rows = read_json_lines(folder.metrics)
-    results, unread = read_evals(folder.evals, rows)
+    results, unread = read_evals(folder.evals, rows, run.evals.limit)
     sources, missing = _sources(run, folder, rows[-1]["step"] if rows else 0)
     notes = [f"{name} in evals/ is not a file of results, and was left out" for name in unread]
     notes += missing + _torn(folder.metrics)
     notes += [] if rows else ["nothing was logged yet"]
     record = json.loads(folder.record.read_text(encoding="utf-8"))
+    sessions = read_sessions(folder.sessions)
     return Facts(
         folder=path,
         name=path.resolve().name or "run",
         run=run,
         record=record,
         rows=rows,
-        sessions=read_sessions(folder.sessions),
-        restarts=_restarts(folder.restarts, str(record.get("started", ""))),
+        sessions=sessions,
+        restarts=_restarts(folder.restarts, _started(record, sessions)),
         results=results,
         sources=sources,
         notes=notes,
         parameters=scaling.count_parameters(parameter_shapes(run.model), run.model.vocab_size),
         flops_per_token=flops_per_token(run),
     )
+
+
+def _started(record: dict[str, Any], sessions: list[dict[str, Any]]) -> str:
+    """The earliest of the times that run.json (which once had the last session's) and the sessions have."""
+    times = [record.get("started"), *(session.get("started") for session in sessions)]
+    return min((time for time in times if isinstance(time, str) and time), default="")
 
 
 def _restarts(path: Path, since: str) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from meshgpt.report.evals import Result
 from meshgpt.report.facts import Facts
+from meshgpt.report.yardstick import other_text, other_tokens
 from meshgpt.training.loss_curve import smooth
 
 
@@ -40,13 +41,16 @@ class Panel:
 
 def panels(runs: Sequence[Facts]) -> list[Panel]:
     """All panels of a run, or of several beside each other; those without a finite value are left out."""
+    named = [(run.name, run.yardstick) for run in runs] if len(runs) > 1 else []
+    apart = other_text(named) or other_tokens(named)
+    per_token = f"nats per token; not comparable: {apart}" if apart else "nats per token"
     made = [
         Panel(
-            slug="loss_tokens", title="Loss against tokens", x_label="tokens", y_label="loss (nats per token)",
+            slug="loss_tokens", title="Loss against tokens", x_label="tokens", y_label=f"loss ({per_token})",
             series=_losses(runs, lambda run: 1.0),
         ),
         Panel(
-            slug="loss_flops", title="Loss against compute", x_label="FLOPs", y_label="loss (nats per token)",
+            slug="loss_flops", title="Loss against compute", x_label="FLOPs", y_label=f"loss ({per_token})",
             series=_losses(runs, lambda run: float(run.flops_per_token)),
         ),
         _by_step(runs, "val_bits_per_byte", "Bits per byte of held-out text", "bits per byte", marked=True),
@@ -71,9 +75,15 @@ def _losses(runs: Sequence[Facts], scale: Callable[[Facts], float]) -> list[Seri
         curves += [
             Series(label=f"each step{of}", x=x, y=loss, kind="faint", color=color),
             Series(label=f"training{of}", x=x, y=smooth(loss), color=color),
-            Series(label=f"validation{of}", x=val_x, y=val_loss, kind="marked", color=second),
+            Series(label=f"validation{of}{_try(run)}", x=val_x, y=val_loss, kind="marked", color=second),
         ]
     return [curve for curve in curves if curve.y.size]
+
+
+def _try(run: Facts, prefix: str = "val_") -> str:
+    """Said of a curve whose figures are of a part of a held-out text."""
+    part = run.measured_part(prefix)
+    return "" if part is None else f" (a try: {part})"
 
 
 def _tokens(run: Facts, steps: np.ndarray) -> np.ndarray:
@@ -84,7 +94,7 @@ def _by_step(runs: Sequence[Facts], key: str, title: str, y_label: str, marked: 
     curves = []
     for color, run in enumerate(runs):
         steps, values = run.series(key)
-        label = run.name if len(runs) > 1 else title.lower()
+        label = (run.name if len(runs) > 1 else title.lower()) + (_try(run) if key.startswith("val_") else "")
         curves.append(Series(label=label, x=steps, y=values, kind="marked" if marked else "line", color=color))
     return Panel(slug=key, title=title, x_label="step", y_label=y_label, series=curves)
 
@@ -96,6 +106,7 @@ def _named_validation(runs: Sequence[Facts]) -> Panel:
         for key in dict.fromkeys(key for row in run.rows for key in row if _is_validation(key)):
             steps, values = run.series(key)
             label = key.removeprefix("val/").removesuffix("/loss") + (f" {run.name}" if len(runs) > 1 else "")
+            label += _try(run, key.removesuffix("loss"))
             curves.append(Series(label=label, x=steps, y=values, kind="marked", color=len(curves)))
     title = "Loss on each validation text"
     return Panel(slug="validation", title=title, x_label="step", y_label="loss (nats per token)", series=curves)
@@ -113,9 +124,11 @@ def _tasks(runs: Sequence[Facts]) -> list[Panel]:
         for run in runs:
             results = [result for result in run.results if chosen(result)]
             for task, metric in dict.fromkeys((result.task, result.metric) for result in results):
-                points = [(r.step, r.value) for r in results if (r.task, r.metric) == (task, metric)]
-                x, y = np.array(points, dtype=float).T
+                own = [result for result in results if (result.task, result.metric) == (task, metric)]
+                x, y = np.array([(result.step, result.value) for result in own], dtype=float).T
                 label = f"{task} {metric}" + (f" {run.name}" if len(runs) > 1 else "")
+                label += f" (a try: {own[-1].part})" if own[-1].limited else ""
+                label += " (tries among them)" if not own[-1].limited and any(one.limited for one in own) else ""
                 curves.append(Series(label=label, x=x, y=y, kind="marked", color=len(curves)))
         return Panel(slug=slug, title=title, x_label="step", y_label=y_label, series=curves)
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from meshgpt.evals.intervals import held_out_text
 from meshgpt.report.blocks import Block, Heading, Table, Text
 from meshgpt.report.energy import Assumptions, energy
-from meshgpt.report.evals import Result, latest
+from meshgpt.report.evals import latest
 from meshgpt.report.facts import Facts
 from meshgpt.report.reference import GPTJ_CARD, REFERENCES, Reference
+from meshgpt.report.yardstick import other_text, other_tokens
 from meshgpt.training.trackers import amount
 
 _SHORT = {"lambada_openai": "LAMBADA", "hellaswag": "HellaSwag", "winogrande": "Winogrande", "piqa": "PIQA"}
 _MOST_ROWS = 40
-
-
-def percent(result: Result) -> str:
-    """A result as it is read: shares as percentages, with the standard error where it is known."""
-    factor, unit = (100, "%") if result.is_share else (1, "")
-    error = "" if result.stderr is None else f" ± {result.stderr * factor:.2f}"
-    return f"{result.value * factor:.2f}{unit}{error}"
 
 
 def references(facts: Facts) -> list[Block]:
@@ -32,11 +27,14 @@ def references(facts: Facts) -> list[Block]:
     keys = sorted(ours)
     named = [reference for reference in REFERENCES if reference.figures.keys() & ours.keys()]
     rows = [[one.name, *(_figure(one, key) for key in keys), f"published, {one.source}"] for one in named]
+    tries = [result.limited for result in ours.values()]
+    source = "a try, on a part of the questions" if all(tries) else "measured here"
+    source += "; what is marked is a try" if any(tries) and not all(tries) else ""
     rows.append(
         [
             facts.name,
-            *(percent(ours[key]) for key in keys),
-            f"measured here, step {max(r.step for r in ours.values()):,}",
+            *(str(ours[key]) for key in keys),
+            f"{source}, step {max(r.step for r in ours.values()):,}",
         ]
     )
     shots = [f"{task}: {ours[task, metric].shots}-shot" for task, metric in keys if ours[task, metric].shots]
@@ -69,10 +67,11 @@ def by_iteration(facts: Facts) -> Table | None:
     if not steps:
         return None
     rows = []
+    keys = ("val_loss", "val_bits_per_byte", *named)
     for step in _chosen(steps):
         row = held_out.get(step, {})
-        losses = [_value(row.get(key)) for key in ("val_loss", "val_bits_per_byte", *named)]
-        tasks = [percent(results[step, *key]) if (step, *key) in results else "" for key in columns]
+        losses = [_value(row.get(key)) + (held_out_text(row, _prefix(key)) if key in row else "") for key in keys]
+        tasks = [str(results[step, *key]) if (step, *key) in results else "" for key in columns]
         rows.append([f"{step:,}", amount(facts.tokens_by(step)), *losses, *tasks])
     header = [
         "Step",
@@ -82,8 +81,15 @@ def by_iteration(facts: Facts) -> Table | None:
         *named,
         *(f"{_SHORT.get(t, t)} {m}" for t, m in columns),
     ]
-    note = f"{len(rows)} of {len(steps)} evaluations." if len(rows) < len(steps) else ""
-    return Table(header=header, rows=rows, note=note)
+    notes = [f"{len(rows)} of {len(steps)} evaluations."] if len(rows) < len(steps) else []
+    part = facts.measured_part()
+    notes += [] if part is None else [f"Losses and bits per byte are tries: on {part} of the held-out text."]
+    return Table(header=header, rows=rows, note=" ".join(notes))
+
+
+def _prefix(key: str) -> str:
+    """What the marks of a loss begin with; bits per byte stand beside one that is marked."""
+    return key.removesuffix("loss") if key.endswith("loss") else "-"
 
 
 def _chosen(steps: Sequence[int]) -> list[int]:
@@ -114,14 +120,34 @@ def comparison(runs: Sequence[Facts], assumed: Assumptions) -> list[Block]:
             f"{run.flops:.3g}",
             "" if run.hours is None else f"{run.hours:.4g}",
             "" if kwh is None else f"{kwh:.4g}",
-            *(_value(run.last(key)) for key in ("loss", "val_loss", "val_bits_per_byte")),
-            *(percent(results[key]) if key in results else "" for key in columns),
+            _value(run.last("loss")),
+            _value(run.last("val_loss")) + _try(run),
+            _value(run.last("val_bits_per_byte")),
+            *(str(results[key]) if key in results else "" for key in columns),
         ])  # fmt: skip
-    losses = [run.last("val_loss") for run in runs]
-    known = [loss for loss in losses if loss is not None]
-    best = [index for index, loss in enumerate(losses) if known and loss == min(known)]
-    blocks: list[Block] = [Heading(level=2, text="Runs"), Table(header=header, rows=rows, strong=best)]
+    key, note = compared_by(runs)
+    figures = [run.last(key) if key else None for run in runs]
+    known = [figure for figure in figures if figure is not None]
+    best = [index for index, figure in enumerate(figures) if known and figure == min(known)]
+    blocks: list[Block] = [Heading(level=2, text="Runs"), Table(header=header, rows=rows, strong=best, note=note)]
     return blocks + _differences(runs)
+
+
+def compared_by(runs: Sequence[Facts]) -> tuple[str, str]:
+    """(the figure by which the runs can be compared, "" for none; what of them cannot be, in words)."""
+    named = [(run.name, run.yardstick) for run in runs]
+    if said := other_text(named):
+        return "", f"Not comparable: {said}. Neither losses nor bits per byte say which run is better."
+    if said := other_tokens(named):
+        text = f"Losses and perplexities per token are not comparable: {said}."
+        return "val_bits_per_byte", f"{text} Bits per byte are: the run that stands out is the best by these."
+    return "val_loss", ""
+
+
+def _try(run: Facts) -> str:
+    """Said behind a run's last held-out loss that is of a part of the text."""
+    part = run.measured_part()
+    return "" if part is None else held_out_text(run.last_row("val_loss")) or f" (a try: {part})"
 
 
 def _differences(runs: Sequence[Facts]) -> list[Block]:

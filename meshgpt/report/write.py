@@ -9,14 +9,14 @@ from pathlib import Path
 
 from meshgpt.atomic import write_atomically
 from meshgpt.errors import UserError
-from meshgpt.report.blocks import Block, Figure, Heading, to_markdown
+from meshgpt.report.blocks import Block, Figure, Heading, Text, to_markdown
 from meshgpt.report.card import CardOptions, card
 from meshgpt.report.facts import Facts, read_facts
 from meshgpt.report.front_matter import front_matter
 from meshgpt.report.html import page
 from meshgpt.report.panels import Panel, panels
 from meshgpt.report.plots import draw_panel
-from meshgpt.report.tables import comparison
+from meshgpt.report.tables import compared_by, comparison
 
 PLOTS = "plots"
 
@@ -28,7 +28,12 @@ def document(runs: Sequence[Facts], options: CardOptions) -> tuple[str, list[Blo
         return runs[0].name, card(runs[0], drawn, options), drawn
     title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     blocks: list[Block] = [Heading(level=1, text=title), *comparison(runs, options.energy)]
-    blocks += [Heading(level=2, text="Curves"), *(Figure(slug=panel.slug, caption=panel.title) for panel in drawn)]
+    _, note = compared_by(runs)
+    blocks += [
+        Heading(level=2, text="Curves"),
+        *([Text(text=note)] if note else []),
+        *(Figure(slug=panel.slug, caption=panel.title) for panel in drawn),
+    ]
     return title, blocks, drawn
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshgpt.errors import UserError
+from meshgpt.report.yardstick import other_text, other_tokens, read_yardstick
 from meshgpt.sweep.trials import CRASHED, Sweep, Trial
 from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import duration, read_json_lines
@@ -107,6 +108,8 @@ def _settle(sweep: Sweep, trial: Trial, code: int, words: str) -> str:
     if code == _MISTAKE and diverged is None:
         return f"{trial.name} ({trial}) is refused: {words} ({_log(sweep, trial)} has all of it)"
     value = score(sweep.run_dir(trial), sweep.plan.metric) if code == 0 else None
+    if value is not None and (why := incomparable(sweep, trial)):
+        return why
     if diverged is not None:
         trial.failed = f"diverged by step {diverged:,}"
     elif code:
@@ -119,6 +122,27 @@ def _settle(sweep: Sweep, trial: Trial, code: int, words: str) -> str:
     else:
         trial.score = value
     sweep.save()
+    return ""
+
+
+def incomparable(sweep: Sweep, trial: Trial) -> str:
+    """Why the metric that decides does not compare a trial with those before it, or ""."""
+    metric, before = sweep.plan.metric, next((one for one in sweep.trials if one.score is not None), None)
+    per_byte, measured = "bits_per_byte" in metric, metric == "loss" or metric.startswith(("val_", "val/"))
+    per_token = (measured or metric.endswith("token_perplexity")) and not per_byte
+    if before is None or not (measured or per_token):
+        return ""
+    pair = []
+    for one in (before, trial):
+        folder = RunFolder(sweep.run_dir(one))
+        pair.append((one.name, read_yardstick(folder, read_json_lines(folder.metrics))))
+    if measured and metric != "loss" and (said := other_text(pair)):
+        return f"{said}, and {metric} does not compare them: sweep over one text"
+    if per_token and (said := other_tokens(pair)):
+        return (
+            f"{said}, and {metric} is of tokens, so that it does not compare them: give --metric val_bits_per_byte "
+            "(and another --out)"
+        )
     return ""
 
 

@@ -84,8 +84,17 @@ class RunData:
             )
 
     def write_ledger(self, path: Path) -> None:
-        """The record as a file, for those who come back a year later."""
-        write_atomically(path, json_text(self.record(), indent=1) + "\n")
+        """The record as a file, for those who come back a year later, and what losses of runs are compared by.
+
+        `tokenizer` is the fingerprint of a store's, `held_out` the documents, bytes and gzipped bytes of its held-out
+        text, which are those of the text whatever the tokenizer.
+        """
+        rows = []
+        for row, store in zip(self.record(), self.stores.values(), strict=True):
+            val = store.split("val")
+            text = f"{val.num_documents} documents, {val.num_bytes} bytes, {val.gzip_bytes} of {val.gzip_of} gzipped"
+            rows.append(row | {"tokenizer": store.fingerprint, "held_out": text})
+        write_atomically(path, json_text(rows, indent=1) + "\n")
 
 
 def open_run_data(run: Run, folder: RunFolder, sizes: BatchSizes | None = None) -> RunData:

@@ -15,6 +15,7 @@ from meshgpt.data.store import Store
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed.mesh import batch_shards, spec
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import held_out_text
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.model import Model
 from meshgpt.optim.schedules import Piecewise
@@ -126,7 +127,7 @@ def summary(run: Run, folder: RunFolder) -> str:
     tokens = folder.batch_sizes().before(run.last_step) * run.sequence_length
     lines = [f"finished: {run.last_step:,} steps, {tokens:,} tokens"]
     if last:
-        lines[0] += f", validation loss {last['val_loss']:.4f}"
+        lines[0] += f", validation loss {last['val_loss']:.4f}{held_out_text(last)}"
     if "val_bits_per_byte" in last:
         lines[0] += f", {last['val_bits_per_byte']:.3f} bits per byte"
         gzip = last.get("gzip_bits_per_byte")

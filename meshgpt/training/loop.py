@@ -4,6 +4,8 @@ The host stays one step behind the devices: a step is dispatched before the figu
 """
 
 import dataclasses
+import functools
+import operator
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from meshgpt.distributed.stragglers import Pace
 from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.model import check_divisibility, parameter_shapes
-from meshgpt.objectives.document_mask import prove_isolation
+from meshgpt.objectives.document_mask import isolation_prover
 from meshgpt.training.data import RunData, open_run_data, without_preparing
 from meshgpt.training.finish import check_samples, finish, how_to_go_on
 from meshgpt.training.init_state import batch_sizes, newest, start
@@ -54,8 +56,12 @@ def train(run: Run, command: str = "") -> None:
     Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
 
     Raises:
-      KeyboardInterrupt: they did so while nothing was to be saved: before the first step, or at the run's end.
+      UserError: what stands in the way of the run; among it a `run.run_dir` that is empty, which would be the current
+        directory.
+      KeyboardInterrupt: a signal came while nothing was to be saved: before the first step, or at the run's end.
     """
+    if not run.run_dir:
+        raise UserError("Run.run_dir is empty: name the run's folder, such as run_dir='runs/a'")
     folder = RunFolder(Path(run.run_dir))
     run = with_teacher(adopt(run, folder))
     mesh = make_mesh(run.mesh)
@@ -215,13 +221,15 @@ def _evaluated(loop: Loop, figures: "Figures", clock: Clock, state: TrainState) 
 
 
 def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
-    tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])[0, :, :-1]
+    tokens = feed.place(loop.data.batches.rows(int(state.step), feed.rows)[0])
     end = loop.data.document_end(loop.run)
     assert end is not None
     params = loop.run.trainable.joined(state.params, loop.frozen, None)
-    proved = prove_isolation(loop.program.model, params, tokens, end)
+    parts = (tokens[microbatch, :, :-1] for microbatch in range(loop.run.accumulate))
+    prove = isolation_prover(loop.program.model, end)
+    proved = functools.reduce(operator.add, (prove(params, part) for part in parts))
     if jax.process_index() == 0:
-        said = f"{proved.shared_rows} of {proved.rows} rows hold several documents"
+        said = f"{proved.shared_rows} of {proved.rows} rows hold several documents, {proved.documents:,} in all"
         proven = "no token of the first batch sees another document, by gradient"
         print_line(f"{proven} ({said})" if proved.shared_rows else f"the first batch cannot prove masking: {said}")
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from meshgpt.atomic import replacing
 from meshgpt.errors import UserError
+from meshgpt.evals.intervals import held_out_part
 from meshgpt.training.trackers import amount, read_json_lines
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
@@ -52,7 +53,9 @@ def plot_loss(metrics_path: Path, out_png: Path, title: str) -> None:
         label = f"training, {_last(smooth(loss)):.3f} at the end"
         axes.plot(tokens, smooth(loss), color=TRAIN, linewidth=2.0, label=label)
     if np.isfinite(val_loss).any():
-        label = f"validation, {_last(val_loss):.3f} at the end"
+        part = next((held_out_part(row) for row in reversed(rows) if "val_loss" in row), None)
+        of = f" on {part}" if part is not None and part.limited else ""
+        label = f"validation{of}, {_last(val_loss):.3f} at the end"
         axes.plot(val_tokens, val_loss, color=VALIDATION, linewidth=1.6, marker="o", markersize=4.5, label=label)
     fit_axes(axes, np.concatenate([tokens, val_tokens]), np.concatenate([smooth(loss), val_loss]))
     _bits_per_byte(axes, rows)

@@ -17,6 +17,7 @@ from meshgpt.atomic import rename_folder, write_atomically
 from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
 from meshgpt.config import Run, from_json, to_json
+from meshgpt.convert import hub
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.data.tokenizer_difference import difference
 from meshgpt.errors import UserError
@@ -38,7 +39,7 @@ def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float,
     `meshgpt generate`, `meshgpt export` and `--init` take it.
 
     Raises:
-      UserError: what `hf.open_source` raises, or `out` is taken.
+      UserError: what `convert.open_source` raises, or `out` is taken.
     """
     if out.exists():
         raise UserError(f"{out} exists: give a new folder")
@@ -129,11 +130,28 @@ def _sized(recipe: Any, source: Any) -> Any:
 
 
 def record_origin(run: Run, folder: RunFolder) -> None:
-    """Writes `init.json`, once: what the run started from, and what was decided or changed on the way in."""
+    """Writes `init.json`, once: what the run started from, and what was decided or changed on the way in.
+
+    `hub` is its id on the hub, null where it has none; `quantized` says whether it was kept in 4 or 8 bits.
+    """
     if not run.init or folder.origin.exists():
         return
-    text = json_text({"source": run.init, "notes": list(_open(run.init).notes)}, indent=2)
-    write_atomically(folder.origin, text + "\n")
+    opened = _open(run.init)
+    record = {
+        "source": run.init,
+        "hub": hub_id(run.init),
+        "quantized": not isinstance(opened, Imported) and convert.is_quantized(opened.tensors),
+        "notes": list(opened.notes),
+    }
+    write_atomically(folder.origin, json_text(record, indent=2) + "\n")
+
+
+def hub_id(source: str) -> str | None:
+    """The hub id (without a revision) that weights come from; of an imported folder, that of what was imported."""
+    folder = Path(source).expanduser()
+    if (folder / RECORD).is_file():
+        return hub_id(json.loads((folder / RECORD).read_text(encoding="utf-8"))["source"])
+    return None if folder.exists() or not hub.is_id(source) else source.partition("@")[0]
 
 
 def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:

@@ -19,7 +19,7 @@ from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import completed_steps, read_metadata
 from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
-from meshgpt.errors import UserError
+from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "sentencepiece")
@@ -68,8 +68,14 @@ class RunFolder:
         return self._read_record().get("finished_step") if self.record.is_file() else None
 
     def record_run(self, run: Run, command: str, begun: Mapping[str, Any] | None = None) -> None:
-        """Writes `run.json`: what is done here from now on; `begun` is what `start.Start.metadata` says of before."""
-        self._write_record(_record(run, command) | {"finished_step": self.finished_step(), **(begun or {})})
+        """Writes `run.json`: what is done here from now on; `begun` is what `init_state.Start.metadata` says of before.
+
+        `started` stays that of the run's first session.
+        """
+        record = _record(run, command)
+        earlier = self._read_record() if self.record.is_file() else {}
+        kept = {"started": earlier.get("started", record["started"]), "finished_step": earlier.get("finished_step")}
+        self._write_record(record | kept | dict(begun or {}))
 
     def batch_sizes(self) -> BatchSizes:
         """Of the run in this folder, step by step."""
@@ -128,9 +134,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "run.lock", "a")  # noqa: SIM115 (the `with` below closes it)
         except OSError as error:
-            raise UserError(
-                f"cannot write to the run's folder {self.path}: {error.strerror}; give another --run-dir"
-            ) from error
+            text = f"cannot write to the run's folder {self.path}: {error.strerror}; give another --run-dir"
+            raise explained(error, text) from error
         with lock, self._full_disk_explained():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ _NUMBERS = ("seconds", "first_step", "last_step", "devices", "processes", "param
 
 
 class Session:
-    """Writes this process's part of the file, and writes it again every `HEARTBEAT_SECONDS`. A `tracker.Tracker`."""
+    """Writes this process's part of the file, and writes it again every `HEARTBEAT_SECONDS`. A `trackers.Tracker`."""
 
     def __init__(
         self, path: Path, first_step: int, facts: Mapping[str, Any], clock: Callable[[], float] = time.monotonic

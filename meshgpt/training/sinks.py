@@ -1,4 +1,4 @@
-"""Other programs that show a run's figures as it trains. Each is a `tracker.Tracker` and needs its own package."""
+"""Other programs that show a run's figures as it trains. Each is a `trackers.Tracker` and needs its own package."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meshgpt.atomic import write_atomically
+from meshgpt.evals.intervals import LIMITED_OF, LIMITED_TO, held_out_part, held_out_text, limited_part
 from meshgpt.settings import json_text
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
@@ -90,7 +91,7 @@ class Console:
         now = self._clock()
         if "val_loss" in metrics:
             self._print(_evaluation(step, metrics))
-        others = [f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith(("val/", "eval/"))]
+        others = list(_others(metrics))
         if others:
             self._print(f"step {step:,}  {'  '.join(others)}")
         if "loss" not in metrics:
@@ -256,12 +257,30 @@ def _training(metrics: Mapping[str, float]) -> Iterator[str]:
 
 def _evaluation(step: int, metrics: Mapping[str, float]) -> str:
     """The line about an evaluation."""
-    line = f"step {step:,}  validation loss {metrics['val_loss']:.4f}"
+    line = f"step {step:,}  validation loss {metrics['val_loss']:.4f}{held_out_text(metrics)}"
     if "val_bits_per_byte" in metrics:
         line += f"  {metrics['val_bits_per_byte']:.3f} bits per byte"
     if "gzip_bits_per_byte" in metrics:
         line += f" (gzip -9: {metrics['gzip_bits_per_byte']:.3f})"
     return line
+
+
+def _others(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Figures of named stores, tasks and files, each with what marks it as a try."""
+    marks = (LIMITED_TO, LIMITED_OF, "tokens", "tokens_of")
+    for key, value in metrics.items():
+        task, _, metric = key.rpartition("/")
+        is_end = any(key.endswith(end) and key.removesuffix(end) in metrics for end in ("_low", "_high"))
+        if not key.startswith(("val/", "eval/")) or metric in marks or is_end:
+            continue
+        low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+        part = held_out_part(metrics, f"{task}/") if key.startswith("val/") else limited_part(metrics, task)
+        if part is None or not part.limited:
+            yield f"{key} {value:.4g}"
+        elif low is None or high is None:
+            yield f"{key} {value:.4g} (a try: {part})"
+        else:
+            yield f"{key} {value:.4g} (a try: {part}; 95%: {low:.4g} to {high:.4g})"
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 Figures are keys of metrics.jsonl: `val_loss` and `val_bits_per_byte` of the run's own text, `val/<store>/loss`,
 `val/<store>/perplexity` and `val/<store>/bits_per_byte`, `eval/<task or file>/<metric>`. Tasks and files are also kept
-in the harness's form, in `evals/<step>.json`.
+in the harness's form, in `evals/<step>.json`. What is cut (`eval_batches`, `evals.limit`) is marked: `val_tokens` of
+`val_tokens_of`, `val_loss_low` and `val_loss_high`, the same after `val/<store>/`, and what `evals.results.metrics`
+adds.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from meshgpt.config import Evals, Run
@@ -24,6 +27,7 @@ from meshgpt.distributed.batch import Feed
 from meshgpt.errors import UserError
 from meshgpt.evals import choices, files, harness, results
 from meshgpt.evals.choices import Question
+from meshgpt.evals.intervals import Interval, Part, ratio_interval
 from meshgpt.evals.results import Results
 from meshgpt.evals.scoring import Scorer, check_fits
 from meshgpt.models.model import Model
@@ -34,9 +38,20 @@ from meshgpt.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of a held-out text. loss: nats a token. interval: of the loss, with 95%, by resampling batches, where only a
+    part was measured and it has several. part: tokens."""
+
+    loss: float
+    bits_per_byte: float
+    interval: Interval | None
+    part: Part
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What is measured, opened once. stores: by name. choices: questions by the file's name. tasks: as `harness.load`
-    gives them, None where there are none."""
+    """What is measured, opened once. stores: by name. choices: all questions by the file's name, of which the run's
+    limit are put. tasks: as `harness.load` gives them, None where there are none."""
 
     program: Program
     mesh: Mesh
@@ -68,9 +83,11 @@ class Validation:
             found |= self._own(params, frozen)
         if self._has_others and self._is_time(step, self.run.evals.every or self.run.eval_every):
             for name, batches in self.stores.items():
-                loss = self._loss(batches, params, frozen)
-                measured = {"loss": loss, "perplexity": _exp(loss), "bits_per_byte": _bits_per_byte(batches, loss)}
-                found |= {f"val/{name}/{figure}": value for figure, value in measured.items()}
+                measured = self._measured(batches, params, frozen)
+                loss, bits = measured.loss, measured.bits_per_byte
+                figures = {"loss": loss, "perplexity": _exp(loss), "bits_per_byte": bits}
+                found |= {f"val/{name}/{figure}": value for figure, value in figures.items()}
+                found |= self._marks(measured, f"val/{name}/")
             if self.choices or self.tasks:
                 found |= self._answered(step, self.run.trainable.merged(params, frozen))
         return found
@@ -85,19 +102,28 @@ class Validation:
     def held_out_loss(self, params: Tree, frozen: Tree) -> float:
         """Nats a token of the run's own held-out text, which it must have."""
         assert self.held_out is not None
-        return self._loss(self.held_out, params, frozen)
+        return self._measured(self.held_out, params, frozen).loss
 
     def _own(self, params: Tree, frozen: Tree) -> dict[str, float]:
         """Of the run's own held-out text."""
         assert self.held_out is not None
-        loss = self.held_out_loss(params, frozen)
-        figures = {"val_loss": loss, "val_bits_per_byte": _bits_per_byte(self.held_out, loss)}
+        measured = self._measured(self.held_out, params, frozen)
+        figures = {"val_loss": measured.loss, "val_bits_per_byte": measured.bits_per_byte}
+        figures |= self._marks(measured, "val_")
         if self.held_out.gzip_bits_per_byte is not None:
             figures["gzip_bits_per_byte"] = self.held_out.gzip_bits_per_byte
         return figures
 
-    def _loss(self, batches: EvalBatches, params: Tree, frozen: Tree) -> float:
-        """Nats a token over every token of a text, or of its first `eval_batches`."""
+    def _marks(self, measured: "Measured", prefix: str) -> dict[str, float]:
+        """What says in the metrics how much was measured, of a run that measures a part (`eval_batches`)."""
+        if not self.run.eval_batches:
+            return {}
+        part, between = measured.part, measured.interval
+        marks = {f"{prefix}tokens": float(part.used), f"{prefix}tokens_of": float(part.of or 0)}
+        return marks | ({} if between is None else {f"{prefix}loss_low": between[0], f"{prefix}loss_high": between[1]})
+
+    def _measured(self, batches: EvalBatches, params: Tree, frozen: Tree) -> "Measured":
+        """Over every token of a text, or of its first `eval_batches`."""
         feed = Feed(self.mesh, 1, batches.global_batch)
         count = len(batches)
         if self.run.eval_batches:
@@ -107,8 +133,14 @@ class Validation:
             stopping.check()
             tokens, weights = (feed.place(part)[0] for part in batches.rows(batch, feed.rows))
             sums.append(self.eval_step(params, frozen, tokens, weights))
-        nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
-        return nats / tokens
+        nats_b, tokens_b = np.array([[float(value) for value in pair] for pair in sums]).T
+        nats, tokens = math.fsum(nats_b), round(math.fsum(tokens_b))
+        return Measured(
+            loss=nats / tokens,
+            bits_per_byte=nats / math.log(2) / batches.bytes_of(tokens),
+            interval=ratio_interval(nats_b, tokens_b) if tokens < batches.num_tokens else None,
+            part=Part(used=tokens, of=batches.num_tokens),
+        )
 
     def _answered(self, step: int, params: Tree) -> dict[str, float]:
         found = self.answers(self.program.model, params)
@@ -121,8 +153,9 @@ class Validation:
         scorer = Scorer(model, params, self.mesh)
         found: Results = {"results": {}}
         for name, questions in self.choices.items():
-            accuracy = choices.choose(scorer, self.tokenizer, questions, _silent)
-            found = results.merged(found, results.of_choices(name, accuracy))
+            put = questions[: self.run.evals.limit or None]
+            accuracy = choices.choose(scorer, self.tokenizer, put, _silent)
+            found = results.merged(found, results.of_choices(name, accuracy, len(questions)))
         if self.tasks:
             # The harness's bars of what it prepares would break the run's own line.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -178,18 +211,14 @@ def _opened(run: Run, data: RunData) -> dict[str, EvalBatches]:
 
 
 def _questions(path: Path, evals: Evals, tokenizer: Tokenizer, program: Program) -> list[Question]:
-    questions = choices.read_questions(files.read_json_lines(path))[: evals.limit or None]
-    check_fits(choices.requests_of(tokenizer, questions), program.model.config)
+    questions = choices.read_questions(files.read_json_lines(path))
+    check_fits(choices.requests_of(tokenizer, questions[: evals.limit or None]), program.model.config)
     return questions
 
 
 def _tasks(evals: Evals) -> dict[str, Any]:
     known = harness.open_tasks(Path(evals.tasks_path) if evals.tasks_path else None)
     return harness.load(known, harness.resolve(known, evals.tasks), evals.num_fewshot)
-
-
-def _bits_per_byte(batches: EvalBatches, loss: float) -> float:
-    return loss / math.log(2) * batches.num_tokens / batches.num_bytes
 
 
 def _exp(nats: float) -> float:
