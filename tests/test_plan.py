@@ -73,7 +73,7 @@ def test_a_budget_of_tokens_is_used_up():
         ({}, "give one budget"),
         ({"flops": 1e20, "tokens": 1e9}, "give one budget"),
         ({"flops": -1.0}, "--flops -1.0: give a number above 0"),
-        ({"flops": float("nan")}, "give a number above 0"),
+        ({"flops": float("nan")}, "--flops nan: give a finite number"),
         ({"hours": 8.0}, "of what"),
         ({"flops": 1e20, "utilisation": 1.5}, "--utilisation 1.5"),
         ({"flops": 1e20, "price": -2.0}, "--price -2.0"),
