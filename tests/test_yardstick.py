@@ -120,7 +120,7 @@ def test_a_sweep_stops_where_its_metric_compares_nothing(
     for pairs, stops in ((PAIRS, tokens), (TEXTS, texts)):
         for name, pair in pairs.items():
             plan = Plan(recipe="r", fixed=(), axes=(), method="grid", count=2, seed=0, metric=metric, maximize=False)
-            at = tmp_path / f"{name}-{stops}-{len(pairs)}"
+            at = tmp_path / ("tokens" if pairs is PAIRS else "texts") / name
             sweep = Sweep(at / "sweep", plan)
             first, second = Trial(number=1, point=(), score=3.0), Trial(number=2, point=())
             sweep.trials = [first, second]

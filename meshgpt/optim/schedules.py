@@ -124,7 +124,8 @@ def learning_rate_schedule(
     planned = _planned(schedule, peak, fitting_warmup(warmup_steps, total_steps), total_steps)
     if not extension.steps:
         return planned
-    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+    # A number also where a step that uses this is being traced; optax relies on the promotion.
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         last = float(jnp.asarray(planned(total_steps)))
     if extension.kind == "constant":
         if last <= 0:
