@@ -162,10 +162,10 @@ def test_a_save_that_makes_progress_is_not_killed_after_its_grace(tmp_path: Path
     fault = """if step == 3 and number == 0:
     os.kill(os.getppid(), signal.SIGTERM)
     with pulse.busy("saving"):
-        for _ in range(40):
-            time.sleep(0.05)
+        for _ in range(16):
+            time.sleep(0.5)
             pulse.alive()"""
-    launched = Launched(tmp_path, fault, patience=Patience(poll=0.01, grace=1.0))
+    launched = Launched(tmp_path, fault, patience=Patience(poll=0.01, grace=5.0))
     assert launched.supervisor.run() == 0
     assert (tmp_path / "stopped-0").exists()
 

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
@@ -69,6 +68,7 @@ class Listener:
     def __init__(self, silence: Silence, clock: Callable[[], float] = time.monotonic) -> None:
         self._silence, self._clock = silence, clock
         self._heard: dict[int, tuple[int, float]] = {}  # of each process, the number of its newest sign, and when
+        self.saving_at = 0.0  # when a process last gave a sign of a save
 
     def hung(self, signs: Sequence[Sign | None], running: Sequence[subprocess.Popen[bytes]]) -> str:
         """The process that hangs and for how long, in words; "" where none does."""
@@ -78,6 +78,8 @@ class Listener:
             count = 0 if sign is None else sign.count
             if self._heard.get(number, (-1, 0.0))[0] != count:
                 self._heard[number] = count, now
+                if sign is not None and sign.doing == SAVING:
+                    self.saving_at = now
         alive = [number for number, process in enumerate(running) if process.poll() is None]
         doing = {number: STARTING if (sign := signs[number]) is None else sign.doing for number in alive}
         stepping = len(alive) == len(running) and all(what == STEPPING for what in doing.values())
@@ -94,11 +96,6 @@ class Listener:
         state = "is stopped" if stopped else "hangs"
         where = f"while {doing[number]} after step {max(self._last(signs[number]), 0):,}"
         return f"process {number} {state}: no sign of life for {silent[number]:.0f} s {where}{steps}"
-
-    def saving_at(self, signs: Sequence[Sign | None]) -> float:
-        """When `hung` last heard of a process that saves, by the clock; minus infinity where none does."""
-        times = (self._heard[number][1] for number, sign in enumerate(signs) if sign and sign.doing == SAVING)
-        return max(times, default=-math.inf)
 
     def _limit(self, doing: str, between: float, stepping: bool) -> float:
         if doing == STARTING:

@@ -220,7 +220,7 @@ class Supervisor:
                     process.terminate()
             if hung := listener.hung(signs, running):
                 return 1, hung
-            since = max(self._stopping, listener.saving_at(signs))
+            since = max(self._stopping, listener.saving_at)
             if self._impatient or (passed_on and time.monotonic() - since > self._patience.grace):
                 return 1, "the processes were killed before they had saved"
             time.sleep(self._patience.poll)
