@@ -33,6 +33,7 @@ class Words:
 
     def __init__(self, vocab_size: int = 50, eot_id: int = 49):
         self.vocab_size, self.eot_id = vocab_size, eot_id
+        self.decodable = np.ones(vocab_size, np.bool_)
         vocab = {f"w{i}": i for i in range(vocab_size)}
         self.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
         self.backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
