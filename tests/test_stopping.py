@@ -68,7 +68,7 @@ def disturbed(
     asked = json.dumps({"folder": str(notes), **disturbances})
     run = tmp_path / "run"
     recipe = workshop.recipe(tmp_path)
-    recipe.write_text(re.sub(r"samples=.*", "samples=Samples(),", recipe.read_text()))
+    recipe.write_text(re.sub(r"samples=.*", "samples=Samples(prompts=()),", recipe.read_text()))
     pod = pods.start(workshop, 2, 1, asked, recipe, *SHORT, *flags, "--run-dir", run, module="tests.disturbed")
     return pod, run, lambda mark: (notes / mark).exists()
 
