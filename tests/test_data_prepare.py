@@ -24,7 +24,7 @@ from meshgpt.data.prepare import Prepare, prepare
 from meshgpt.data.store import Store
 from meshgpt.data.text_files import list_files
 from meshgpt.data.tokenizer import load_tokenizer, train_bpe, train_sentencepiece
-from meshgpt.errors import UserError
+from meshgpt.errors import MachineError, UserError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 FILES = sorted((STDLIB / "asyncio").glob("*.py")) + sorted((STDLIB / "email").glob("*.py"))
@@ -390,7 +390,7 @@ def test_a_worker_that_dies_is_reported(config: Prepare, monkeypatch: pytest.Mon
         for pid in children(os.getpid()):
             os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"worker process died \(exit status -9\).*run the same command again"):
+    with pytest.raises(MachineError, match=r"worker process died \(exit status -9\).*run the same command again"):
         prepare(config, kill_worker)
     prepare(config, quiet).verify()
 

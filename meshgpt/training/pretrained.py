@@ -132,17 +132,17 @@ def _sized(recipe: Any, source: Any) -> Any:
 def record_origin(run: Run, folder: RunFolder) -> None:
     """Writes `init.json`, once: what the run started from, and what was decided or changed on the way in.
 
-    `hub` is its id on the hub, null where it has none; `quantized` says whether it was kept in 4 or 8 bits.
+    `hub` is its id on the hub, null where only its name looks like one; `quantized` says that it is in 4 or 8 bits.
     """
     if not run.init or folder.origin.exists():
         return
     opened = _open(run.init)
-    record = {
-        "source": run.init,
-        "hub": hub_id(run.init),
-        "quantized": not isinstance(opened, Imported) and convert.is_quantized(opened.tensors),
-        "notes": list(opened.notes),
-    }
+    record: dict[str, Any] = {"source": run.init, "notes": list(opened.notes)}
+    found = hub_id(run.init)
+    if found or hub.is_id(run.init):  # a folder whose name could be an id is not taken for one later, elsewhere
+        record["hub"] = found
+    if not isinstance(opened, Imported) and convert.is_quantized(opened.tensors):
+        record["quantized"] = True
     write_atomically(folder.origin, json_text(record, indent=2) + "\n")
 
 
