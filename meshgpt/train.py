@@ -1,13 +1,18 @@
-"""`python -m meshgpt.train RECIPE [--flags]`, the same as `meshgpt train`: trains a model, or goes on with a run."""
+"""`python -m meshgpt.train RECIPE [--flags]`, the same as `meshgpt train`: trains a model, or goes on with a run.
+
+In Python `meshgpt.train(run)` is `meshgpt.api.train`: the module can be called, since it has the function's name.
+"""
 
 import shlex
 import sys
+import types
 from collections.abc import Sequence
 
-from meshgpt import recipe, runtime
-from meshgpt.config import differences, to_json
+from meshgpt import api, recipe, runtime
+from meshgpt.config import Run, differences, to_json
 from meshgpt.distributed import processes
 from meshgpt.errors import exit_code
+from meshgpt.training.callbacks import Callback
 from meshgpt.training.loop import print_line, train
 
 
@@ -31,6 +36,13 @@ def verb(arguments: Sequence[str]) -> int:
     """meshgpt train RECIPE; gives the exit code."""
     return main(arguments, "meshgpt train")
 
+
+class _Callable(types.ModuleType):
+    def __call__(self, run: Run, callbacks: Sequence[Callback] = ()) -> api.TrainedRun:
+        return api.train(run, callbacks)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

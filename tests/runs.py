@@ -92,7 +92,14 @@ class Workshop:
         self, *arguments: object, devices: int = 1, module: str = "meshgpt.train", **popen: Any
     ) -> subprocess.Popen:
         """A command in a process of its own, its output in pipes."""
-        environment = {
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.Popen(
+            command, env=self.environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+        )
+
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        """Of a process on so many CPU devices that shares the compilation cache."""
+        return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
@@ -101,10 +108,6 @@ class Workshop:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "COLUMNS": "120",
         }
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-        )
 
     def run(self, *arguments: object, devices: int = 1, module: str = "meshgpt.train", **popen: Any) -> Ended:
         process = self.start(*arguments, devices=devices, module=module, **popen)

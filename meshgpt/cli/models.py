@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from meshgpt import convert, flags, runtime
@@ -17,7 +16,6 @@ from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.precision import Float, Precision
-from meshgpt.models.trainable import plain
 from meshgpt.settings import settings
 from meshgpt.training import finish
 from meshgpt.training.load import open_adapters, open_trained
@@ -100,10 +98,6 @@ class ExportArguments:
             raise UserError("--merge writes a whole model and --adapter the adapters alone: give one of them")
 
 
-# The gate compares logits on these words in the model's own tokens: any text serves, as both sides read the same.
-_PROBE_TEXT = "The quick brown fox jumps over the lazy dog.\ndef export(run, out):\n    return proof\n" * 8
-
-
 def export(arguments: Sequence[str]) -> None:
     """meshgpt export RUN --out DIR"""
     asked = flags.parse(ExportArguments, arguments, "meshgpt export")
@@ -114,15 +108,10 @@ def export(arguments: Sequence[str]) -> None:
             _export_adapter(asked)
         return
     with jax.set_mesh(mesh), progress_bar() as report:
-        # The comparison is exact: in float32, whatever the run computed in.
         trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
-        tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
-        verdict = convert.export(
-            plain(trained.params),  # of a quantized folder, dequantized
-            trained.model.config,
-            trained.tokenizer,
+        verdict = finish.export_model(
+            trained,
             asked.out,
-            probe=finish.probe(trained.model, tokens),
             dtype=asked.dtype,
             replace=asked.overwrite,
             release=True,

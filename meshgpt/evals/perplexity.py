@@ -57,6 +57,9 @@ class Perplexity:
         """-L / (B ln 2)"""
         return self.nats / self.bytes / math.log(2)
 
+    def __float__(self) -> float:
+        return self.token_perplexity
+
     def figures(self) -> dict[str, float]:
         """The four of them by name."""
         names = ("token_perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ from meshgpt.errors import UserError
 from meshgpt.evals.intervals import held_out_text
 from meshgpt.inference.generate import Sampling, generate_text
 from meshgpt.models.model import Model
+from meshgpt.models.trainable import plain
 from meshgpt.optim.schedules import Piecewise
+from meshgpt.training.load import Trained
 from meshgpt.training.loss_curve import plot_loss
 from meshgpt.training.program import learning_rate_of
 from meshgpt.training.run_folder import RunFolder
@@ -26,6 +29,8 @@ from meshgpt.training.trackers import read_json_lines
 from meshgpt.trees import Tree
 
 PROBE_TOKENS = 128
+# The gate compares logits on these words in the model's own tokens: any text serves, as both sides read the same.
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog.\ndef export(run, out):\n    return proof\n" * 8
 T = TypeVar("T")
 
 
@@ -76,6 +81,34 @@ def probe(model: Model, tokens: np.ndarray) -> convert.Probe:
         return logits(params, jax.device_put(tokens_BT, spec("batch seq")))
 
     return convert.Probe(tokens_BT=np.repeat(row_T[None], rows, axis=0), logits=placed)
+
+
+def export_model(
+    trained: Trained,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    replace: bool = False,
+    release: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> convert.Verdict:
+    """Writes a Hugging Face folder of a model on the mesh that is set; a quantized one is dequantized.
+
+    Args:
+      release: the parameters are given up as they are written.
+
+    Raises:
+      UserError: `out` is there already, or what was written is not the model.
+    """
+    # The comparison is exact: in float32, whatever the model computes in.
+    model = dataclasses.replace(
+        trained.model, precision=dataclasses.replace(trained.model.precision, compute="float32")
+    )
+    tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
+    return convert.export(
+        plain(trained.params), model.config, trained.tokenizer, out, probe=probe(model, tokens), dtype=dtype,
+        replace=replace, release=release, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def export_run(run: Run, folder: RunFolder, model: Model, params: Tree, tokenizer: Tokenizer, store: Store) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from meshgpt import convert
 from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import completed_steps, latest_step, read_metadata, restore_params
 from meshgpt.config import Run
+from meshgpt.convert import hub
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models.model import Model
@@ -31,12 +33,18 @@ class Trained:
     step: int | None
 
 
-def open_trained(source: Path, precision: Precision, report: Callable[[str], None], step: int | None = None) -> Trained:
-    """Opens `source` on the mesh that is set; of a run, the newest intact checkpoint or the one of `step`.
+def open_trained(
+    source: str | PathLike[str], precision: Precision, report: Callable[[str], None], step: int | None = None
+) -> Trained:
+    """Opens `source` on the mesh that is set: a run's folder (the newest intact checkpoint, or the one of `step`), an
+    imported folder, a Hugging Face folder, or a hub id, which is downloaded.
 
     Raises:
       UserError: nothing there that can be read, or no intact checkpoint (of that step).
     """
+    name, source = str(source), Path(source)
+    if not source.exists() and hub.is_id(name):
+        source = hub.download(name)
     if (source / "run.json").is_file():
         return _from_run(RunFolder(source), precision, report, step)
     kind = "an imported" if (source / RECORD).is_file() else "a Hugging Face"
@@ -54,7 +62,7 @@ def open_trained(source: Path, precision: Precision, report: Callable[[str], Non
         params = convert.load(source, model.config, model.abstract_params())
         return Trained(model=model, params=params, tokenizer=load_tokenizer(source), step=None)
     what = f"has none of run.json, {RECORD} and config.json" if source.is_dir() else "does not exist"
-    raise UserError(f"{source} {what}: give a run's folder, an imported one, or a Hugging Face folder")
+    raise UserError(f"{source} {what}: give a run's folder, an imported one, a Hugging Face folder, or a hub id")
 
 
 def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], None], step: int | None) -> Trained:

@@ -8,7 +8,7 @@ import functools
 import operator
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.model import check_divisibility, parameter_shapes
 from meshgpt.objectives.document_mask import isolation_prover
+from meshgpt.training.callbacks import Callback
 from meshgpt.training.data import RunData, open_run_data, without_preparing
 from meshgpt.training.finish import check_samples, finish, how_to_go_on
 from meshgpt.training.init_state import batch_sizes, newest, start
@@ -50,10 +51,14 @@ from meshgpt.trees import Tree
 _EVALUATION_OWED = "evaluation_owed"  # in a checkpoint's metadata: its step was stopped in its evaluation
 
 
-def train(run: Run, command: str = "") -> None:
+def train(run: Run, command: str = "", callbacks: Sequence[Callback] = ()) -> None:
     """Trains, resuming where the run's folder allows, and leaves everything in that folder.
 
     Returns when the run is finished, or when SIGINT or SIGTERM asked it to stop and it has saved.
+
+    Args:
+      command: how to go on with the run, in words of a shell; "" where it was started from Python.
+      callbacks: hear of every step, evaluation and checkpoint, on process 0.
 
     Raises:
       UserError: what stands in the way of the run; among it a `run.run_dir` that is empty, which would be the current
@@ -77,7 +82,7 @@ def train(run: Run, command: str = "") -> None:
         )
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
-        loop = Loop.build(run, mesh, data, folder)
+        loop = Loop.build(run, mesh, data, folder, callbacks if jax.process_index() == 0 else ())
         begun = start(loop.program, data, checkpoints, point, say)
         begun = beside_teacher(loop.program, tokenizer, begun, fresh=point is None, say=say)
         loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
@@ -128,10 +133,13 @@ class Loop:
     data: RunData
     train_step: TrainStep
     validation: Validation
+    callbacks: Sequence[Callback] = ()
     frozen: Tree = dataclasses.field(default_factory=dict)  # what the programs read and never change
 
     @staticmethod
-    def build(run: Run, mesh: jax.sharding.Mesh, data: RunData, folder: RunFolder) -> "Loop":
+    def build(
+        run: Run, mesh: jax.sharding.Mesh, data: RunData, folder: RunFolder, callbacks: Sequence[Callback] = ()
+    ) -> "Loop":
         program = Program(run=run, document_end=data.document_end(run))
         return Loop(
             run=run,
@@ -141,6 +149,7 @@ class Loop:
             data=data,
             train_step=jax.jit(program.train_step(), donate_argnums=0),
             validation=open_validation(program, mesh, folder, data),
+            callbacks=callbacks,
         )
 
 
@@ -208,6 +217,8 @@ def _save(
         checkpoints.save(int(state.step), state.items(), metadata)
         if wait:
             checkpoints.wait()
+    for callback in loop.callbacks:
+        callback.on_checkpoint(int(state.step), RunFolder(Path(loop.run.run_dir)).checkpoints / str(int(state.step)))
 
 
 def _evaluated(loop: Loop, figures: "Figures", clock: Clock, state: TrainState) -> bool:
@@ -239,6 +250,7 @@ class Figures:
 
     def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
         self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
+        self._callbacks = loop.callbacks
         self._pending: tuple[int, Metrics] | None = None
         shapes = parameter_shapes(loop.run.model)
         self._flops = flops_per_token(loop.run)
@@ -282,8 +294,13 @@ class Figures:
         self.flush()
         begun = time.monotonic()
         with self._pulse.busy(EVALUATING):
-            yield lambda figures: self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+            yield partial(self._evaluated, step)
         self._since = self._since[0], self._since[1] + time.monotonic() - begun
+
+    def _evaluated(self, step: int, figures: dict[str, float]) -> None:
+        self._tracker.log(step, {"tokens": self._tokens(step), **figures})
+        for callback in self._callbacks:
+            callback.on_eval(step, figures)
 
     def flush(self) -> None:
         if self._pending is None:
@@ -298,6 +315,8 @@ class Figures:
         why = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
         self.diverged = self.diverged or why  # the step under way when it was found may be a good one
         values["skipped_steps"] = int(values["skipped_steps"])
+        for callback in self._callbacks:
+            callback.on_step(step, values)
         if self._logs(step):
             values |= {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
             self._tracker.log(step, values | self._pace.metrics(step))
