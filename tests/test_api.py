@@ -146,7 +146,7 @@ def test_tokens_that_cannot_be(lm: mg.LanguageModel, tokens, message: str) -> No
 def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mg.UserError, match=r"has none of run.json, .* give a run's folder"):
         mg.load(tmp_path)
-    with pytest.raises(mg.UserError, match="Run.run_dir is empty"):
+    with pytest.raises(mg.UserError, match=r"Run\.run_dir is empty"):
         mg.train(mg.Run(model=mg.GPT2Config(), data=mg.Data(store="x"), steps=1, global_batch=1))
 
 
