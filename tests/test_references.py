@@ -76,7 +76,7 @@ def flags() -> set[str]:
 def verb_problems(text: str) -> list[str]:
     found = []
     for piece in code(text):
-        for verb, what in re.findall(r"(?:^|[ `(])meshgpt ([a-z][\w-]*)(?: ([a-z]\w*))?", piece):
+        for verb, what in re.findall(r"(?:^|(?<!import)[ `(])meshgpt ([a-z][\w-]*)(?: ([a-z]\w*))?", piece):
             known = verb in VERBS or verb == "VERB"
             plan = verb != "plan" or what in PLANS or not what
             found += [] if known and plan else [f"meshgpt {verb} {what}".strip()]
