@@ -449,7 +449,7 @@ def test_killed_in_a_save_the_newest_intact_step_is_exact(tmp_path: Path):
 
 def test_a_process_that_ends_without_close_does_not_hang(tmp_path: Path):
     process = _saving_process(tmp_path, 3)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0
     assert latest_step(tmp_path, _ignored) in (2, 3)
 
