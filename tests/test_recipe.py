@@ -81,7 +81,7 @@ def test_help_explains_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[s
         parse(written(tmp_path), "--help")
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Number of optimizer steps to train for. (default: 10)" in said
+    assert "Number of optimizer steps that the learning-rate schedule is made for. (default: 10)" in said
     assert "Number of sequences in a step, over all devices" in said
 
 
