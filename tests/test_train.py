@@ -381,7 +381,7 @@ def mistakes(workshop: Workshop, folder: Path) -> dict[str, tuple[list[object], 
         "a batch that the mesh does not divide": (["--global-batch", 12], ["12", "8"]),
         "heads that the mesh does not divide": (["--mesh.data", 1, "--mesh.tensor", 8], ["4", "8"]),
         "a mesh of too many devices": (["--mesh.data", 16], ["data=16", "8"]),
-        "a long warmup": (["--optim.warmup-steps", 50], ["50", "20", "--optim.warmup-steps"]),
+        "an extension backwards": (["--extend", -1], ["--extend -1", "cannot be negative"]),
         "a long prompt": (["--samples.prompts", "x " * 99], ["--samples.prompts", "context is 32"]),
         "a bad temperature": (["--samples.temperature", -1], ["temperature", "-1"]),
     }
