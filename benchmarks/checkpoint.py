@@ -121,7 +121,6 @@ def part(asked: argparse.Namespace) -> None:
                 found["seconds"] = time.monotonic() - begun
                 found["read"] = characters_read() - before
             (asked.folder / f"{asked.part}-{jax.process_index()}.json").write_text(json.dumps(found))
-    os._exit(0)  # hosts that end one after the other wait for each other's goodbye
 
 
 def pod(asked: argparse.Namespace, name: str, processes: int) -> list[dict[str, Any]]:
@@ -159,6 +158,7 @@ def main() -> None:
     if asked.part:
         runtime.start()
         part(asked)
+        return
     begun = record.begin("checkpoint", asked)
     shutil.rmtree(asked.folder / "checkpoints", ignore_errors=True)
     asked.folder.mkdir(parents=True, exist_ok=True)
