@@ -98,7 +98,7 @@ def characters_read() -> int:
 def part(asked: argparse.Namespace) -> None:
     """What one process does."""
     runtime.take_turns()
-    with hosts.joined(hosts.placement({}), lambda text: None):
+    with hosts.distributed_session(hosts.process_spec({}), lambda text: None):
         mesh = make_mesh(MeshShape(data=1, fsdp=-1))
         with jax.set_mesh(mesh), Checkpointer(asked.folder / "checkpoints", Checkpointing(), report=print) as saver:
             abstract = shapes(asked)

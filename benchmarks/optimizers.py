@@ -37,18 +37,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 def updater(optim: Optimizer, params: Tree) -> tuple[Callable[[], None], int]:
     """A call that makes one update of its own copy of `params`, and the bytes of its state."""
-    direction = optim.direction()
+    transformation = optim.transformation()
 
     def update(params: Tree, state: Tree, gradients: Tree) -> tuple[Tree, Tree]:
         norm = global_norm(gradients)
         finite, factor = jnp.isfinite(norm), jnp.minimum(1.0, optim.clip_norm / norm)
         gradients = jax.tree.map(lambda g: g * factor, gradients)
-        updates, state = direction.update(gradients, state, params, finite=finite)
+        updates, state = transformation.update(gradients, state, params, finite=finite)
         new = jax.tree.map(lambda p, u: jnp.where(finite, p - optim.peak_lr * u, p), params, updates)
         return new, state
 
     program = jax.jit(update, donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), jax.jit(direction.init)(params)]
+    held = [jax.tree.map(jnp.copy, params), jax.jit(transformation.init)(params)]
 
     def once() -> None:
         held[:] = program(*held, params)

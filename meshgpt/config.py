@@ -219,8 +219,8 @@ RESUMABLE = (
     *("resume", "data.store", "data.prepare.workers", "data.prepare.overwrite", "resume_with_changes"),
 )
 
-# What may differ where it is asked for (`--resume-with-changes`): `start` carries a run over. `init`, of a base that
-# has moved: what it holds is compared by its digest.
+# What may differ where it is asked for (`--resume-with-changes`): `init_or_restore` carries a run over. `init`, of a
+# base that has moved: what it holds is compared by its digest.
 CHANGEABLE = ("optim", "precision", "global_batch", "init")
 
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m meshg
         run = recipe.parse(rest, program, processes.HELP)
         runtime.start()
         runtime.keep_freed_memory()
-        with processes.joined(processes.placement(flags), print_line):
+        with processes.distributed_session(processes.process_spec(flags), print_line):
             processes.check_agreement(to_json(run), differences)
             train(run, f"{program} {shlex.join(rest)}")
 

@@ -54,7 +54,7 @@ def peer(given: list[np.ndarray], b2: float) -> np.ndarray:
 
 def ours(optim: Optimizer, given: list[np.ndarray], mesh: tuple[int, int, int]) -> np.ndarray:
     with jax.set_mesh(tiny.mesh(*mesh)), jax.numpy_dtype_promotion("standard"):
-        transformation = optim.direction()
+        transformation = optim.transformation()
 
         def placed(g: np.ndarray) -> dict[str, jax.Array]:
             return {"up_DF": jax.device_put(g, spec("fsdp mlp"))}

@@ -26,7 +26,7 @@ from meshgpt.chaos.faults import Fault, Injector, Kind, plan
 from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import Checkpointer
 from meshgpt.data.pipeline import Batches
-from meshgpt.distributed.heartbeat import SAVING, STEPPING, Sign
+from meshgpt.distributed.heartbeat import SAVING, STEPPING, HeartbeatRecord
 from meshgpt.distributed.supervisor import Scene
 from meshgpt.training.data import open_run
 
@@ -71,7 +71,7 @@ class Watched:
             process.wait()
 
     def see(self, step: int | None, doing: str = STEPPING) -> None:
-        sign = None if step is None else Sign(first=0, last=step, step_seconds=0.01, doing=doing)
+        sign = None if step is None else HeartbeatRecord(first=0, last=step, step_seconds=0.01, doing=doing)
         for _ in range(3):
             self.injector(Scene(processes=self.processes, signs=[sign, sign], lives=0))
 

@@ -60,7 +60,9 @@ def test_one_row_and_one_token_are_enough(config: ModelConfig, rows: int, length
             decoder = model.bind(params)
             positions = jnp.zeros_like(tokens) + jnp.arange(length + 1)[None]
             slots = Slots(jnp.int32(0), jnp.ones((rows, length + 1, 8), bool))
-            return decoder.extend(tokens, positions, slots, decoder.empty_caches(rows, 8), single_blocks(decoder))[0]
+            return decoder.forward_cached(
+                tokens, positions, slots, decoder.empty_caches(rows, 8), single_blocks(decoder)
+            )[0]
 
         assert jax.eval_shape(extend, model.abstract_params()).shape == (rows, length + 1, config.d_model)
 
@@ -93,7 +95,7 @@ def test_cached_decoding_equals_the_full_forward_pass(config: ModelConfig, mesh:
             params: dict, tokens: jax.Array, positions: jax.Array, first: jax.Array, seen: jax.Array, caches: tuple
         ) -> tuple[jax.Array, tuple]:
             decoder = model.bind(params)
-            x, caches = decoder.extend(tokens, positions, Slots(first, seen), caches, single_blocks(decoder))
+            x, caches = decoder.forward_cached(tokens, positions, Slots(first, seen), caches, single_blocks(decoder))
             return decoder.logits(x), caches
 
         def put(values: np.ndarray, axes: str) -> jax.Array:

@@ -47,7 +47,7 @@ def test_an_update_beyond_the_largest_number_is_not_taken(kind: type, dtype: str
     before, after, metrics = one_step(optim, -0.9 * largest, dtype)
     assert np.isfinite(float(metrics["loss"]))
     tiny.assert_same_bits(after.params, before.params)
-    assert (int(metrics["skipped_steps"]), int(metrics["skipped_in_a_row"])) == (1, 1)
+    assert (int(metrics["skipped_steps"]), int(metrics["streak"])) == (1, 1)
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(after.opt_state))
     _, after, metrics = one_step(optim, 0.9 * largest, dtype)
     assert int(metrics["skipped_steps"]) == 0

@@ -96,7 +96,7 @@ def test_devices_that_cannot_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="a abacus addresses device only; take named"):
         host_memory.require("execution.remat=offload", "take named")
     with pytest.raises(UserError, match="AdamW8bit"):
-        AdamW(state_memory="pinned_host").direction()
+        AdamW(state_memory="pinned_host").transformation()
 
 
 def test_scalars_stay_where_they_are() -> None:

@@ -14,7 +14,7 @@ from runs import Here, Workshop, last_step, wait_for
 
 from meshgpt.config import differences
 from meshgpt.distributed import processes as hosts
-from meshgpt.distributed.processes import Placement
+from meshgpt.distributed.processes import ProcessSpec
 from meshgpt.errors import UserError
 
 ELSEWHERE = {"coordinator": "10.0.0.1:8476", "processes": "4", "process_id": "2"}
@@ -37,13 +37,13 @@ def test_flags_are_taken_out_of_a_commands_arguments():
 
 
 def test_a_placement_comes_from_the_environment_and_flags_come_first():
-    wanted = Placement(coordinator="10.0.0.1:8476", bind="10.0.0.1:8476", processes=4, process_id=2, deadline=300.0)
-    assert hosts.placement({}, environment(**ELSEWHERE)) == wanted
-    assert hosts.placement(ELSEWHERE, {}) == wanted
-    other = hosts.placement({"process_id": "3", "bind": "0.0.0.0"}, environment(**ELSEWHERE, deadline="20"))
+    wanted = ProcessSpec(coordinator="10.0.0.1:8476", bind="10.0.0.1:8476", processes=4, process_id=2, deadline=300.0)
+    assert hosts.process_spec({}, environment(**ELSEWHERE)) == wanted
+    assert hosts.process_spec(ELSEWHERE, {}) == wanted
+    other = hosts.process_spec({"process_id": "3", "bind": "0.0.0.0"}, environment(**ELSEWHERE, deadline="20"))
     assert other is not None
     assert (other.process_id, other.bind, other.deadline) == (3, "0.0.0.0:8476", 20.0)
-    assert hosts.placement({}, {}) is None
+    assert hosts.process_spec({}, {}) is None
 
 
 def test_slurm_is_found_and_one_process_is_no_pod(monkeypatch: pytest.MonkeyPatch):
@@ -52,13 +52,13 @@ def test_slurm_is_found_and_one_process_is_no_pod(monkeypatch: pytest.MonkeyPatc
         "SLURM_LOCALID": "1", "JAX_COORDINATOR_PORT": "9000",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    found = hosts.placement({}, {})
+    found = hosts.process_spec({}, {})
     assert found is not None
     assert (found.coordinator, found.bind, found.processes, found.process_id) == (
         "node001:9000", "node001:9000", 16, 9,
     )  # fmt: skip
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert hosts.placement({}, {}) is None
+    assert hosts.process_spec({}, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_slurm_is_found_and_one_process_is_no_pod(monkeypatch: pytest.MonkeyPatc
 )
 def test_incomplete_placements_are_refused(changed: dict[str, str], said: str):
     with pytest.raises(UserError, match=said):
-        hosts.placement(ELSEWHERE | changed, {})
+        hosts.process_spec(ELSEWHERE | changed, {})
 
 
-def place(coordinator: str, bind: str) -> Placement:
-    return Placement(coordinator=coordinator, bind=bind, processes=2, process_id=0, deadline=5.0)
+def place(coordinator: str, bind: str) -> ProcessSpec:
+    return ProcessSpec(coordinator=coordinator, bind=bind, processes=2, process_id=0, deadline=5.0)
 
 
 def test_a_port_in_use_and_an_address_of_another_machine_are_named(monkeypatch: pytest.MonkeyPatch):
@@ -94,8 +94,8 @@ def test_a_port_in_use_and_an_address_of_another_machine_are_named(monkeypatch: 
     refused(place("node1:8476", "node1:8476"), "node1 is 127.0.1.1 on this machine.*--bind")
 
 
-def refused(placement: Placement, said: str) -> None:
-    with pytest.raises(UserError, match=said), hosts.joined(placement, print):
+def refused(placement: ProcessSpec, said: str) -> None:
+    with pytest.raises(UserError, match=said), hosts.distributed_session(placement, print):
         raise AssertionError("it joined")
 
 
@@ -107,8 +107,8 @@ def test_the_others_wait_for_process_0_and_hear_what_it_refuses(monkeypatch: pyt
         raise UserError("the disk is full")
 
     def work(number: int) -> None:
-        hosts.first_then_others(lambda: order.append(0), lambda: order.append(number))
-        hosts.first_then_others(refuse, lambda: None)
+        hosts.primary_first(lambda: order.append(0), lambda: order.append(number))
+        hosts.primary_first(refuse, lambda: None)
 
     said = pod.run(work)
     assert said == ["the disk is full", *["process 0 cannot go on: the disk is full"] * 2]

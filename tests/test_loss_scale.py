@@ -62,7 +62,7 @@ def test_a_run_that_overflows_on_purpose_recovers(accumulate: int) -> None:
     assert sizes[: skipped + 1] == [2.0 ** (15 - i) for i in range(skipped + 1)]
     assert 4 <= skipped <= 8
     assert sizes[skipped:] == [sizes[skipped]] * (10 - skipped)
-    assert [metrics["skipped_in_a_row"] for metrics in seen[skipped:]] == [0] * (10 - skipped)
+    assert [metrics["streak"] for metrics in seen[skipped:]] == [0] * (10 - skipped)
     # The steps taken are those of a run that never overflowed.
     plain, other = _run(LossScaling(initial=1.0), 10 - skipped, accumulate)
     np.testing.assert_allclose(state.params["w_DF"], plain.params["w_DF"], rtol=1e-5)

@@ -57,10 +57,10 @@ def placed(tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 def run(optim: Optimizer, mesh: tuple[int, int, int], bad: bool = False) -> tuple[list[dict], Any]:
     """The updates of some steps and the state after them, on the host; the last step `bad` or not."""
     with jax.set_mesh(tiny.mesh(*mesh)), jax.numpy_dtype_promotion("standard"):
-        direction = optim.direction()
+        transformation = optim.transformation()
         params = placed(gradients(99))
-        state = jax.jit(direction.init)(params)
-        update = jax.jit(lambda g, s, finite: direction.update(g, s, params, finite=finite), donate_argnums=1)
+        state = jax.jit(transformation.init)(params)
+        update = jax.jit(lambda g, s, finite: transformation.update(g, s, params, finite=finite), donate_argnums=1)
         updates = []
         for step in range(STEPS + bad):
             before = jax.tree.map(np.asarray, state)
@@ -193,7 +193,7 @@ def test_state_bytes_of_a_parameter_of_gpt2(optim: Optimizer, expected: float) -
     config = tiny.GPT2_124M
     with jax.set_mesh(tiny.mesh()):
         params = tiny.model(config).abstract_params()
-        state = jax.eval_shape(optim.direction().init, params)
+        state = jax.eval_shape(optim.transformation().init, params)
     assert trees.nbytes(state) / trees.count(params) == pytest.approx(expected, abs=0.02)
 
 
@@ -201,12 +201,12 @@ def test_state_bytes_of_a_parameter_of_gpt2(optim: Optimizer, expected: float) -
 def test_no_state_is_ever_whole_in_float32(optim: Optimizer) -> None:
     """By the compiled program: what an update needs beside its arguments is a fraction of one float32 moment."""
     params = {"wte_VD": jnp.zeros((4096, 512)), "up_DF": jnp.zeros((12, 512, 2048))}
-    direction = optim.direction()
+    transformation = optim.transformation()
 
     def update(g: Any, state: Any, finite: jax.Array) -> Any:
-        return direction.update(g, state, params, finite=finite)
+        return transformation.update(g, state, params, finite=finite)
 
-    state = jax.eval_shape(direction.init, params)
+    state = jax.eval_shape(transformation.init, params)
     program = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, jnp.asarray(True)).compile()
     analysis = program.memory_analysis()
     moment = trees.nbytes(params)
@@ -219,15 +219,15 @@ def test_a_state_saved_on_one_mesh_is_read_on_another(optim: Optimizer, tmp_path
     import orbax.checkpoint as ocp
 
     with jax.set_mesh(tiny.mesh(1, 8, 1)):
-        direction = optim.direction()
+        transformation = optim.transformation()
         params = placed(gradients(0))
-        _, state = jax.jit(lambda g, s: direction.update(g, s, g, finite=jnp.asarray(True)))(
-            params, direction.init(params)
+        _, state = jax.jit(lambda g, s: transformation.update(g, s, g, finite=jnp.asarray(True)))(
+            params, transformation.init(params)
         )
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as saver:
             saver.save(tmp_path / "0", args=ocp.args.Composite(**orbax_io.save_args({"opt_state": state})))
     with jax.set_mesh(tiny.mesh(2, 2, 2)):
-        abstract = jax.eval_shape(direction.init, jax.eval_shape(lambda: placed(gradients(0))))
+        abstract = jax.eval_shape(transformation.init, jax.eval_shape(lambda: placed(gradients(0))))
         again = orbax_io.restore(tmp_path / "0", {"opt_state": abstract})["opt_state"]
         tiny.assert_same_bits(again, state)
         assert again[0].mu["up_DF"].codes.sharding.spec == P(None, "fsdp", "tensor")
@@ -235,12 +235,12 @@ def test_a_state_saved_on_one_mesh_is_read_on_another(optim: Optimizer, tmp_path
 
 def test_a_mesh_that_would_halve_a_byte_is_refused() -> None:
     with jax.set_mesh(tiny.mesh(1, 8, 1)), pytest.raises(UserError, match="two rows a byte"):
-        AdamW4bit().direction().init({"up_DF": jax.device_put(jnp.zeros((72, 64)), P("fsdp", None))})
+        AdamW4bit().transformation().init({"up_DF": jax.device_put(jnp.zeros((72, 64)), P("fsdp", None))})
 
 
 def test_bf16_second_moments_need_a_short_memory() -> None:
     with pytest.raises(UserError, match="b2"):
-        AdamW(second_moment_dtype="bfloat16", b2=0.999).direction()
+        AdamW(second_moment_dtype="bfloat16", b2=0.999).transformation()
 
 
 def test_adafactor_is_optax_s_for_every_layer() -> None:
@@ -268,16 +268,16 @@ def test_muon_is_pytorch_s_for_every_layer() -> None:
     adam, _ = run(AdamW(weight_decay=0.0), (1, 1, 1))
     np.testing.assert_array_equal(updates[-1]["wte_VD"], adam[-1]["wte_VD"])
     with jax.set_mesh(tiny.mesh()):
-        direction = Muon(weight_decay=0.0).direction()
+        transformation = Muon(weight_decay=0.0).transformation()
         tree = {"blocks": {"up_DF": jax.device_put(gradients(0)["up_DF"], spec("layers fsdp mlp"))}}
-        state = direction.init(tree)
+        state = transformation.init(tree)
         weight = torch.nn.Parameter(torch.zeros(64, 640))
         peer = torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         for step in range(STEPS):
             g = gradients(step)["up_DF"]
             tree = {"blocks": {"up_DF": jax.device_put(g, spec("layers fsdp mlp"))}}
             with jax.numpy_dtype_promotion("standard"):
-                update, state = direction.update(tree, state, tree, finite=jnp.asarray(True))
+                update, state = transformation.update(tree, state, tree, finite=jnp.asarray(True))
             before = weight.detach().clone()
             weight.grad = torch.from_numpy(g[1].copy())
             peer.step()

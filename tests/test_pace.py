@@ -13,15 +13,15 @@ import runs
 from runs import Workshop
 
 from meshgpt.distributed import heartbeat, processes, stragglers
-from meshgpt.distributed.heartbeat import Pulse
+from meshgpt.distributed.heartbeat import Heartbeat
 from meshgpt.distributed.mesh import MeshShape, make_mesh
-from meshgpt.distributed.stragglers import Pace
+from meshgpt.distributed.stragglers import StragglerMonitor
 
 
 def test_what_a_process_does_alone_is_its_time_without_waiting(monkeypatch: pytest.MonkeyPatch):
     now = [50.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
-    sign = Pulse({})
+    sign = Heartbeat({})
     sign.begin(0)
     for step in range(1, 6):
         now[0] += 0.5
@@ -38,10 +38,12 @@ def test_what_a_process_does_alone_is_its_time_without_waiting(monkeypatch: pyte
 def test_the_slowest_is_in_the_metrics_and_told_once(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     told = {0: [0.01, "a"], 1: [0.3, "node-7"], 2: [0.02, "c"]}
-    monkeypatch.setattr(processes, "told", lambda name, text: {n: json.dumps(value) for n, value in told.items()})
-    sign = Pulse({})
+    monkeypatch.setattr(
+        processes, "gather_text", lambda name, text: {n: json.dumps(value) for n, value in told.items()}
+    )
+    sign = Heartbeat({})
     sign._spent, sign._timed = 1.0, 1  # a step takes a second
-    watched = Pace(sign, said.append)
+    watched = StragglerMonitor(sign, said.append)
     assert watched.metrics(1) == {}  # one process
     watched.several = True
     figures = watched.metrics(1)
@@ -54,11 +56,11 @@ def test_the_slowest_is_in_the_metrics_and_told_once(monkeypatch: pytest.MonkeyP
         "process 1 on node-7 is slow: 0.3 s of a step are its own, and 0.02 s elsewhere; all others wait for it"
     ]
     told[1] = [0.09, "node-7"]  # more than the others, and little of a step
-    quiet = Pace(sign, said.append)
+    quiet = StragglerMonitor(sign, said.append)
     quiet.several = True
     assert quiet.metrics(1)["slowest_process"] == 1
     assert len(said) == 1
-    monkeypatch.setattr(processes, "told", lambda name, text: {})
+    monkeypatch.setattr(processes, "gather_text", lambda name, text: {})
     assert quiet.metrics(2) == {}  # not process 0
 
 
@@ -77,11 +79,11 @@ def test_process_0_hears_those_that_are_in_time(monkeypatch: pytest.MonkeyPatch)
     everyone = threading.Barrier(3, timeout=10)
 
     def work(number: int) -> dict[int, str]:
-        found = processes.told("a", f"I am {number}", seconds=10)
+        found = processes.gather_text("a", f"I am {number}", seconds=10)
         if number == 1:
-            processes.told("b", "here")
+            processes.gather_text("b", "here")
         everyone.wait()
-        return found | (processes.told("b", "here", seconds=0.01) if number == 0 else {})
+        return found | (processes.gather_text("b", "here", seconds=0.01) if number == 0 else {})
 
     first, *others = pod.run(work)
     assert first == {0: "here", 1: "here", 2: "I am 2"}

@@ -42,9 +42,9 @@ PLAIN = {"weight_decay": 0.0}
 
 def steps(optim: Optimizer, state: Tree, params: Tree, numbers: range) -> tuple[Tree, Tree]:
     """(state, last update) after some steps on `test_optim_states`' gradients."""
-    direction, new = optim.direction(), None
+    transformation, new = optim.transformation(), None
     with jax.numpy_dtype_promotion("standard"):
-        update = jax.jit(lambda g, s: direction.update(g, s, params, finite=jnp.asarray(True)))
+        update = jax.jit(lambda g, s: transformation.update(g, s, params, finite=jnp.asarray(True)))
         for number in numbers:
             new, state = update(placed(gradients(number)), state)
     return state, new
@@ -68,13 +68,13 @@ def test_moments_go_round_through_every_format() -> None:
     with jax.set_mesh(tiny.mesh(2, 2, 2)):
         params = placed(gradients(99))
         optims = [AdamW(**PLAIN), AdamW8bit(**PLAIN), AdamW4bit(**PLAIN), AdamW(moment_dtype="bfloat16", **PLAIN)]
-        state, _ = steps(optims[0], optims[0].direction().init(params), params, range(3))
+        state, _ = steps(optims[0], optims[0].transformation().init(params), params, range(3))
         for old, new in itertools.pairwise(optims):
             before = moments(old, state, params)
             state, said = carried(old, state, new, params)
             assert said == ["first moments: carried over", "second moments: carried over"]
             assert (int(state[0].count), int(state[0].nu_count)) == (3, 3)
-            wanted = jax.eval_shape(new.direction().init, params)
+            wanted = jax.eval_shape(new.transformation().init, params)
             assert jax.tree.structure(state) == jax.tree.structure(wanted)
             for (path, a), (_, b) in zip(*map(trees.leaves_with_names, (state, wanted)), strict=True):
                 assert (a.shape, a.dtype) == (b.shape, b.dtype), path
@@ -126,14 +126,16 @@ def test_the_first_update_afterwards_is_corrected_for_each_moment_s_own_start(
     """In float64 from the gradients themselves: no jump, though one moment is three steps old and the other new."""
     with jax.set_mesh(tiny.mesh()):
         tree = {"blocks": placed(gradients(99))}
-        direction = old.direction()
-        state = direction.init(tree)
+        transformation = old.transformation()
+        state = transformation.init(tree)
         with jax.numpy_dtype_promotion("standard"):
             for number in range(3):
                 grads = {"blocks": placed(gradients(number))}
-                _, state = jax.jit(lambda g, s: direction.update(g, s, tree, finite=jnp.asarray(True)))(grads, state)
+                _, state = jax.jit(lambda g, s: transformation.update(g, s, tree, finite=jnp.asarray(True)))(
+                    grads, state
+                )
             state, said = carried(old, state, new, tree)
-            after = new.direction()
+            after = new.transformation()
             grads = {"blocks": placed(gradients(3))}
             update, _ = jax.jit(lambda g, s: after.update(g, s, tree, finite=jnp.asarray(True)))(grads, state)
     assert said == [
@@ -158,11 +160,11 @@ def test_every_optimizer_goes_on_from_adam(new: Optimizer) -> None:
     old = AdamW()
     with jax.set_mesh(tiny.mesh(1, 2, 2)):
         params = {"blocks": placed(gradients(99))}
-        state = old.direction().init(params)
+        state = old.transformation().init(params)
         first = jax.tree.map(lambda p: p + 1, state[0].mu)
         state = (AdamState(jnp.int32(5), first, state[0].nu, jnp.int32(5)), *state[1:])
         state, said = carried(old, state, new, params)
-        wanted = jax.eval_shape(new.direction().init, params)
+        wanted = jax.eval_shape(new.transformation().init, params)
         assert jax.tree.structure(state) == jax.tree.structure(wanted)
         said_of = {
             "Lion": "second moments: dropped",
@@ -292,9 +294,9 @@ def test_a_mid_run_switch_of_gpt2_medium_4096() -> None:
     assert float(learning_rate(new, 51_650)(47_600)) == pytest.approx(9e-5)
     with jax.set_mesh(tiny.mesh()):
         params = tiny.model(config).abstract_params()
-        state = jax.eval_shape(old.direction().init, params)
+        state = jax.eval_shape(old.transformation().init, params)
         after = jax.eval_shape(lambda state, params: carried(old, state, new, params)[0], state, params)
-        wanted = jax.eval_shape(new.direction().init, params)
+        wanted = jax.eval_shape(new.transformation().init, params)
     assert trees.count(params) > 379e6
     forms = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (after, wanted)]
     assert forms[0] == forms[1]

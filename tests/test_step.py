@@ -142,9 +142,9 @@ def test_a_bad_batch_touches_nothing_but_the_counters(first: int) -> None:
             state, metrics = step(state, *_toy_batch(first))
             tiny.assert_same_bits((state.params, state.opt_state), before)
             assert int(state.step) == 1 + count
-            assert (int(metrics["skipped_steps"]), int(metrics["skipped_in_a_row"])) == (count, count)
+            assert (int(metrics["skipped_steps"]), int(metrics["streak"])) == (count, count)
         state, metrics = step(state, *_toy_batch(1))
-        assert (int(metrics["skipped_steps"]), int(metrics["skipped_in_a_row"])) == (2, 0)
+        assert (int(metrics["skipped_steps"]), int(metrics["streak"])) == (2, 0)
         assert (np.asarray(state.params["w_DF"]) != before[0]["w_DF"]).all()
 
 

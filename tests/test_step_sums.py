@@ -72,7 +72,7 @@ def test_a_step_without_a_trained_token_changes_nothing_and_is_no_overflow(accum
     kept = [(state.params, state.opt_state, state.loss_scale) for state in (after, before)]
     tiny.assert_same_bits(*kept)
     assert int(after.step) == 1
-    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"], metrics["tokens"]) == (0, 0, 0)
+    assert (metrics["skipped_steps"], metrics["streak"], metrics["tokens"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("optim", [Adafactor(), Lion()], ids=lambda optim: type(optim).__name__)

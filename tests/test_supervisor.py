@@ -18,7 +18,16 @@ from runs import ROOT, Workshop
 from meshgpt import cli, recipe
 from meshgpt.cli import launch
 from meshgpt.distributed import heartbeat, supervisor
-from meshgpt.distributed.heartbeat import SAVING, STARTING, STEPPING, Life, Listener, Sign, Silence, useful_seconds
+from meshgpt.distributed.heartbeat import (
+    SAVING,
+    STARTING,
+    STEPPING,
+    HangTimeouts,
+    HeartbeatRecord,
+    Life,
+    Listener,
+    useful_seconds,
+)
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 
@@ -26,20 +35,20 @@ from meshgpt.errors import UserError
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from meshgpt.distributed.heartbeat import Pulse, VARIABLE
+from meshgpt.distributed.heartbeat import Heartbeat, VARIABLE
 folder, number = Path({folder!r}), int(os.environ.get("MESHGPT_PROCESS_ID", 0))
 life = len(json.loads(os.environ[VARIABLE])["lives"])
 saved = folder / "saved"
-pulse, asked = Pulse(), []
+heartbeat, asked = Heartbeat(), []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 def fault(step):
 {fault}
 fault(0)
 first = int(saved.read_text()) if saved.exists() else 0
-pulse.begin(first)
+heartbeat.begin(first)
 for step in range(first + 1, 11):
     time.sleep(0.02)
-    pulse.beat(step)
+    heartbeat.beat(step)
     fault(step)
     if number == 0:
         saved.write_text(str(step - {lost}))
@@ -47,7 +56,7 @@ for step in range(first + 1, 11):
         (folder / f"stopped-{{number}}").touch()
         break
 """
-QUICK = Patience(pause=0.01, poll=0.01, silence=Silence(seconds=1.0, start=20.0, busy=20.0), grace=5.0)
+QUICK = Patience(pause=0.01, poll=0.01, timeouts=HangTimeouts(seconds=1.0, start=20.0, busy=20.0), grace=5.0)
 
 
 class Launched:
@@ -161,10 +170,10 @@ def test_a_signal_is_passed_on_and_all_end_saved(tmp_path: Path, number: int):
 def test_a_save_that_makes_progress_is_not_killed_after_its_grace(tmp_path: Path):
     fault = """if step == 3 and number == 0:
     os.kill(os.getppid(), signal.SIGTERM)
-    with pulse.busy("saving"):
+    with heartbeat.busy("saving"):
         for _ in range(16):
             time.sleep(0.5)
-            pulse.alive()"""
+            heartbeat.alive()"""
     launched = Launched(tmp_path, fault, patience=Patience(poll=0.01, grace=5.0))
     assert launched.supervisor.run() == 0
     assert (tmp_path / "stopped-0").exists()
@@ -234,7 +243,7 @@ def test_a_step_is_timed_without_its_compilation_saves_and_evaluations(tmp_path:
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     path = tmp_path / "pulse"
     earlier = Life(first=0, last=5, step_seconds=4.0)
-    sign = heartbeat.Pulse(heartbeat.orders(path, time.time() - 100, [earlier]))
+    sign = heartbeat.Heartbeat(heartbeat.orders(path, time.time() - 100, [earlier]))
     assert heartbeat.read(path) is None
     sign.begin(3)
     for step, seconds in ((4, 60.0), (5, 2.0), (6, 2.0)):
@@ -248,16 +257,18 @@ def test_a_step_is_timed_without_its_compilation_saves_and_evaluations(tmp_path:
     figures = sign.metrics()
     assert figures["restarts"] == 1
     assert figures["goodput"] == pytest.approx((3 * 4 + 3 * 2) / 100, abs=0.01)
-    unwatched = heartbeat.Pulse({})
+    unwatched = heartbeat.Heartbeat({})
     unwatched.begin(0)
     unwatched.beat(1)
     assert unwatched.metrics() == {}
 
 
-def _heard(signs: list[Sign | None], seconds: float, alive: Callable[[int], bool] = lambda number: True) -> str:
+def _heard(
+    signs: list[HeartbeatRecord | None], seconds: float, alive: Callable[[int], bool] = lambda number: True
+) -> str:
     """What a listener says that hears the same signs for so long."""
     now = [0.0]
-    listener = Listener(Silence(seconds=30.0, start=1000.0, busy=500.0), lambda: now[0])
+    listener = Listener(HangTimeouts(seconds=30.0, start=1000.0, busy=500.0), lambda: now[0])
     running = [SimpleNamespace(pid=2**30, poll=lambda n=n: None if alive(n) else 0) for n in range(len(signs))]
     assert listener.hung(signs, running) == ""
     now[0] = seconds
@@ -265,10 +276,10 @@ def _heard(signs: list[Sign | None], seconds: float, alive: Callable[[int], bool
 
 
 def test_each_part_of_a_run_has_its_own_patience():
-    step = Sign(first=0, last=9, step_seconds=1.0, doing=STEPPING, count=9)
-    slow = Sign(first=0, last=9, step_seconds=10.0, doing=STEPPING, count=9)
-    behind = Sign(first=0, last=8, step_seconds=1.0, doing=STEPPING, count=8)
-    saving = Sign(first=0, last=9, step_seconds=1.0, doing=SAVING, count=9)
+    step = HeartbeatRecord(first=0, last=9, step_seconds=1.0, doing=STEPPING, count=9)
+    slow = HeartbeatRecord(first=0, last=9, step_seconds=10.0, doing=STEPPING, count=9)
+    behind = HeartbeatRecord(first=0, last=8, step_seconds=1.0, doing=STEPPING, count=8)
+    saving = HeartbeatRecord(first=0, last=9, step_seconds=1.0, doing=SAVING, count=9)
     assert _heard([step, step], 29) == ""
     assert "process 0 hangs" in _heard([step, step], 31)
     assert "process 1 hangs" in _heard([step, behind], 31)  # the others wait for it
@@ -277,7 +288,7 @@ def test_each_part_of_a_run_has_its_own_patience():
     assert _heard([saving, step], 499) == ""  # what the one saves, the other has to wait for
     assert "while saving" in _heard([saving, saving], 501)
     assert _heard([None, None], 999) == ""
-    assert "while starting" in _heard([None, Sign(first=0, doing=STARTING)], 1001)
+    assert "while starting" in _heard([None, HeartbeatRecord(first=0, doing=STARTING)], 1001)
     assert _heard([step, step], 499, lambda number: number == 0) == ""  # one has ended well
 
 
@@ -356,7 +367,7 @@ import sys
 from meshgpt.distributed import processes
 from meshgpt.errors import exit_code
 def command():
-    with processes.joined(processes.placement({}), print):
+    with processes.distributed_session(processes.process_spec({}), print):
         pass
 sys.exit(processes.leave(exit_code(command)))
 """

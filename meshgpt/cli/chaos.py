@@ -16,7 +16,7 @@ from meshgpt.chaos.faults import Fault, Injector, plan
 from meshgpt.chaos.worker import VARIABLE
 from meshgpt.cli import launch
 from meshgpt.config import Run
-from meshgpt.distributed.heartbeat import Silence
+from meshgpt.distributed.heartbeat import HangTimeouts
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.models.model import check_divisibility
@@ -25,7 +25,7 @@ from meshgpt.training.trackers import duration
 
 _STEPS_A_FAULT, _SAVE_EVERY = 8, 4
 _PATIENCE = Patience(
-    max_restarts=20, silence=Silence(seconds=10.0, start=300.0, busy=60.0), pause=0.1, poll=0.01, grace=60.0
+    max_restarts=20, timeouts=HangTimeouts(seconds=10.0, start=300.0, busy=60.0), pause=0.1, poll=0.01, grace=60.0
 )
 _DISK_BYTES = 256 << 20
 

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         place, rest = processes.take_flags(arguments)
         asked = flags.parse(Arguments, rest, "meshgpt eval", more=processes.HELP)
         runtime.start()
-        with processes.joined(processes.placement(place), print):
+        with processes.distributed_session(processes.process_spec(place), print):
             processes.check_agreement(json.loads(json.dumps(dataclasses.asdict(asked), default=str)), differences)
             evaluate(asked)
 
@@ -117,13 +117,13 @@ class _Wanted:
 def evaluate(asked: Arguments) -> Results:
     """Measures what was asked for, prints it, keeps it, and gives it. All processes of a run call it."""
     first = jax.process_index() == 0
-    wanted = processes.first_then_others(lambda: _wanted(asked), lambda: _wanted(asked))
+    wanted = processes.primary_first(lambda: _wanted(asked), lambda: _wanted(asked))
     mesh = make_mesh(asked.mesh)
     with jax.set_mesh(mesh), _progress(first) as report:
         trained = open_trained(asked.source, Precision(compute=asked.compute), print if first else _silent, asked.step)
         path = asked.out or (None if asked.limit else _kept(asked.source, trained.step))  # a try is not a result
         if path is not None:  # now, and not when all is measured
-            processes.first_then_others(lambda: results.read(path), lambda: None)
+            processes.primary_first(lambda: results.read(path), lambda: None)
         scorer = Scorer(trained.model, trained.params, mesh, asked.batch_size)
         found = _measured(asked, wanted, trained, scorer, report)
     if first:

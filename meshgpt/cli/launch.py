@@ -8,7 +8,7 @@ from pathlib import Path
 
 from meshgpt import recipe
 from meshgpt.config import Run
-from meshgpt.distributed.heartbeat import Silence
+from meshgpt.distributed.heartbeat import HangTimeouts
 from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 from meshgpt.flags import OTHER_NAMES
@@ -35,11 +35,11 @@ class Arguments:
     """Go on after a death with as many processes as remain and the mesh allows."""
     max_restarts: int = Patience.max_restarts
     """Number of restarts in a row, without a checkpoint gained, after which to give up."""
-    hang_seconds: float = Silence.seconds
+    hang_seconds: float = HangTimeouts.seconds
     """Seconds without a sign of life, and at least 20 usual steps, after which a process counts as hung."""
-    start_seconds: float = Silence.start
+    start_seconds: float = HangTimeouts.start
     """The same in seconds before the second step, which has data, checkpoint and compilation before it."""
-    busy_seconds: float = Silence.busy
+    busy_seconds: float = HangTimeouts.busy
     """The same in seconds during a save, an evaluation, or at the end of the run."""
     grace_seconds: float = Patience.grace
     """Seconds for saving after Ctrl-C or SIGTERM, counted from the last sign of a save that makes progress."""
@@ -58,9 +58,9 @@ class Arguments:
 
     @property
     def patience(self) -> Patience:
-        silence = Silence(seconds=self.hang_seconds, start=self.start_seconds, busy=self.busy_seconds)
+        timeouts = HangTimeouts(seconds=self.hang_seconds, start=self.start_seconds, busy=self.busy_seconds)
         return Patience(
-            max_restarts=self.max_restarts, silence=silence, grace=self.grace_seconds, deadline=self.deadline
+            max_restarts=self.max_restarts, timeouts=timeouts, grace=self.grace_seconds, deadline=self.deadline
         )
 
 

@@ -38,7 +38,7 @@ class Life:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sign(Life):
+class HeartbeatRecord(Life):
     """A sign of life: the life so far, and what the process is at. `count` grows with each."""
 
     doing: str = STARTING
@@ -49,7 +49,7 @@ class Sign(Life):
 
 
 @settings()
-class Silence:
+class HangTimeouts:
     """For how long a process may show no sign of life before it counts as hung, in seconds.
 
     Between two steps: `steps` times the usual step, and at least `seconds`. start: before the second step.
@@ -65,23 +65,23 @@ class Silence:
 class Listener:
     """Tells which process hangs, from the signs of all of them."""
 
-    def __init__(self, silence: Silence, clock: Callable[[], float] = time.monotonic) -> None:
-        self._silence, self._clock = silence, clock
+    def __init__(self, timeouts: HangTimeouts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeouts, self._clock = timeouts, clock
         self._heard: dict[int, tuple[int, float]] = {}  # of each process, the number of its newest sign, and when
         self.saving_at = 0.0  # when a process last gave a sign of a save
 
-    def hung(self, signs: Sequence[Sign | None], running: Sequence[subprocess.Popen[bytes]]) -> str:
+    def hung(self, records: Sequence[HeartbeatRecord | None], running: Sequence[subprocess.Popen[bytes]]) -> str:
         """The process that hangs and for how long, in words; "" where none does."""
-        now, usual = self._clock(), max((sign.step_seconds for sign in signs if sign is not None), default=0.0)
-        between = max(self._silence.steps * usual, self._silence.seconds)
-        for number, sign in enumerate(signs):
-            count = 0 if sign is None else sign.count
+        now, usual = self._clock(), max((record.step_seconds for record in records if record is not None), default=0.0)
+        between = max(self._timeouts.steps * usual, self._timeouts.seconds)
+        for number, record in enumerate(records):
+            count = 0 if record is None else record.count
             if self._heard.get(number, (-1, 0.0))[0] != count:
                 self._heard[number] = count, now
-                if sign is not None and sign.doing == SAVING:
+                if record is not None and record.doing == SAVING:
                     self.saving_at = now
         alive = [number for number, process in enumerate(running) if process.poll() is None]
-        doing = {number: STARTING if (sign := signs[number]) is None else sign.doing for number in alive}
+        doing = {number: STARTING if (record := records[number]) is None else record.doing for number in alive}
         stepping = len(alive) == len(running) and all(what == STEPPING for what in doing.values())
         silent = {number: now - self._heard[number][1] for number in alive}
         limit = {number: self._limit(doing[number], between, stepping) for number in alive}
@@ -91,20 +91,20 @@ class Listener:
             return ""
         # All wait for the one that hangs: it is the one that has come least far, or was stopped.
         stopped = stopped or [number for number in alive if _stopped(running[number].pid)]
-        number = min(stopped or late, key=lambda number: self._last(signs[number]))
+        number = min(stopped or late, key=lambda number: self._last(records[number]))
         steps = f"; a step takes {usual:.2g} s" if doing[number] == STEPPING else ""
         state = "is stopped" if stopped else "hangs"
-        where = f"while {doing[number]} after step {max(self._last(signs[number]), 0):,}"
+        where = f"while {doing[number]} after step {max(self._last(records[number]), 0):,}"
         return f"process {number} {state}: no sign of life for {silent[number]:.0f} s {where}{steps}"
 
     def _limit(self, doing: str, between: float, stepping: bool) -> float:
         if doing == STARTING:
-            return self._silence.start
-        return between if stepping else self._silence.busy
+            return self._timeouts.start
+        return between if stepping else self._timeouts.busy
 
     @staticmethod
-    def _last(sign: Sign | None) -> int:
-        return -1 if sign is None else sign.last
+    def _last(record: HeartbeatRecord | None) -> int:
+        return -1 if record is None else record.last
 
 
 def _stopped(pid: int) -> bool:
@@ -138,15 +138,15 @@ def orders(path: Path, since: float, lives: Sequence[Life]) -> dict[str, str]:
     return {VARIABLE: json_text({"path": str(path), "since": since, "lives": before, "supervisor": os.getpid()})}
 
 
-def read(path: Path) -> Sign | None:
+def read(path: Path) -> HeartbeatRecord | None:
     """The newest sign in a file; None where there is none yet."""
     try:
-        return Sign(**json.loads(path.read_text(encoding="ascii")))
+        return HeartbeatRecord(**json.loads(path.read_text(encoding="ascii")))
     except FileNotFoundError:
         return None
 
 
-class Pulse:
+class Heartbeat:
     """The writing side. Times are those of `clock`, in seconds."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
@@ -154,7 +154,7 @@ class Pulse:
         self._path = None if told is None else Path(told["path"])
         self._since = 0.0 if told is None else told["since"]
         self._lives = [] if told is None else [Life(**life) for life in told["lives"]]
-        self._sign = Sign()
+        self._record = HeartbeatRecord()
         self._spent, self._timed = 0.0, 0
         self._waited, self._asked = 0.0, (0.0, 0, 0.0)  # spent, timed and waited when `own_seconds` was last called
         self._begun: float | None = None  # when the step under way began, as far as it is known
@@ -169,7 +169,7 @@ class Pulse:
         """Says that `step` is done."""
         now = time.monotonic()
         if self._begun is not None:
-            self._spent, self._timed = self._spent + now - self._begun, self._timed + step - self._sign.last
+            self._spent, self._timed = self._spent + now - self._begun, self._timed + step - self._record.last
         self._begun = now
         if self._timed:
             self._write(last=step, step_seconds=self.step_seconds, doing=STEPPING)
@@ -183,7 +183,7 @@ class Pulse:
     @contextlib.contextmanager
     def busy(self, doing: str) -> Iterator[None]:
         """Says that the process is at something else than a step, which may take longer and is not a step's time."""
-        before, begun = self._sign.doing, time.monotonic()
+        before, begun = self._record.doing, time.monotonic()
         self._write(doing=doing)
         yield
         if self._begun is not None:
@@ -213,14 +213,14 @@ class Pulse:
         """Of a supervised run: `restarts`, and `goodput`, the part of the time since the launch that made progress."""
         if self._path is None:
             return {}
-        return {"restarts": len(self._lives), "goodput": goodput([*self._lives, self._sign], self._since)}
+        return {"restarts": len(self._lives), "goodput": goodput([*self._lives, self._record], self._since)}
 
     def _write(self, **changed: int | float | str) -> None:
-        self._sign = dataclasses.replace(self._sign, count=self._sign.count + 1, **changed)  # type: ignore[arg-type]
+        self._record = dataclasses.replace(self._record, count=self._record.count + 1, **changed)  # type: ignore[arg-type]
         if self._path is None:
             return
         with contextlib.suppress(OSError):  # a full disk for temporary files is no reason to stop training
-            write_atomically(self._path, json_text(dataclasses.asdict(self._sign)), durable=False)
+            write_atomically(self._path, json_text(dataclasses.asdict(self._record)), durable=False)
 
 
 def _end_with(supervisor: int) -> None:

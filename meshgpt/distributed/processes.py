@@ -1,7 +1,7 @@
 """Several processes as one run: they find each other, agree on what they run, and end together.
 
 Cloud TPU, SLURM, GKE and Open MPI are found by JAX's own cluster detection. Anything else says it by flags or by the
-environment, `--coordinator` or MESHGPT_COORDINATOR and so on (`Placement`). One process needs none of this.
+environment, `--coordinator` or MESHGPT_COORDINATOR and so on (`ProcessSpec`). One process needs none of this.
 
 What has to be said before devices are there, or may take hours, goes over the coordinator's key-value store and not by
 a collective, whose partners would give up.
@@ -54,7 +54,7 @@ turn = itertools.count().__next__  # every process takes the same turns in the s
 
 
 @settings()
-class Placement:
+class ProcessSpec:
     """Which of the processes of a run this one is.
 
     coordinator: HOST:PORT of process 0, as the others reach it. bind: the address that process 0 listens on, that of
@@ -86,7 +86,7 @@ def take_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return found, rest
 
 
-def placement(flags: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Placement | None:
+def process_spec(flags: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> ProcessSpec | None:
     """Where this process stands, by flags, environment or JAX's cluster detection; None for a run of one process.
 
     Raises:
@@ -118,7 +118,7 @@ def placement(flags: Mapping[str, str], environment: Mapping[str, str] = os.envi
         raise UserError(f"--coordinator {coordinator!r}: give HOST:PORT of process 0, for example 10.0.0.1:8476")
     bind = said["bind"] or host
     bind = bind if bind.rpartition(":")[2].isdigit() and bind.count(":") == 1 else f"{bind}:{port}"
-    return Placement(coordinator=coordinator, bind=bind, processes=count, process_id=number, deadline=deadline)
+    return ProcessSpec(coordinator=coordinator, bind=bind, processes=count, process_id=number, deadline=deadline)
 
 
 def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
@@ -144,8 +144,8 @@ def _detect(deadline: float) -> tuple[str, int, int] | None:
 
 
 @contextlib.contextmanager
-def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Within it this process is one of those of `place`, or alone for None, and stops as `stopping` says.
+def distributed_session(spec: ProcessSpec | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Within it this process is one of those of `spec`, or alone for None, and stops as `stopping` says.
 
     It is left when all processes have come to its end: JAX's own wait, at the end of a process, gives up after five
     minutes. An exception that nothing explains ends the process at once, with code 1: JAX would wait for the others,
@@ -157,7 +157,7 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
     """
     with stopping.listening():
         try:
-            with contextlib.nullcontext() if place is None else _session(place, say):
+            with contextlib.nullcontext() if spec is None else _session(spec, say):
                 yield
         except KeyboardInterrupt:
             if (text := stopping.saved_text()) is None:
@@ -167,22 +167,22 @@ def joined(place: Placement | None, say: Callable[[str], None]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _session(place: Placement, say: Callable[[str], None]) -> Iterator[None]:
-    if place.process_id == 0:
-        _check_address(place)
-        say(f"waiting for {place.processes - 1} more processes at {place.coordinator} (at most {place.deadline:g} s)")
+def _session(spec: ProcessSpec, say: Callable[[str], None]) -> Iterator[None]:
+    if spec.process_id == 0:
+        _check_address(spec)
+        say(f"waiting for {spec.processes - 1} more processes at {spec.coordinator} (at most {spec.deadline:g} s)")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `stopping`
-    with _watched(place):
+    with _watched(spec):
         jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process_id,
-            coordinator_bind_address=place.bind,
+            spec.coordinator,
+            spec.processes,
+            spec.process_id,
+            coordinator_bind_address=spec.bind,
             cluster_detection_method=None if _gives_devices() else "deactivate",
-            initialization_timeout=int(place.deadline) + 3600,  # `_watched` ends it in words; JAX by an abort
+            initialization_timeout=int(spec.deadline) + 3600,  # `_watched` ends it in words; JAX by an abort
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    stopping.join(_store(), place.process_id, place.processes)
+    stopping.join(_store(), spec.process_id, spec.processes)
     try:
         yield
         meet()
@@ -214,9 +214,9 @@ def _gives_devices() -> bool:
     return any(name in os.environ for name in ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"))
 
 
-def _check_address(place: Placement) -> None:
-    host, _, port = place.bind.rpartition(":")
-    named = place.coordinator.rpartition(":")[0]
+def _check_address(spec: ProcessSpec) -> None:
+    host, _, port = spec.bind.rpartition(":")
+    named = spec.coordinator.rpartition(":")[0]
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -230,7 +230,7 @@ def _check_address(place: Placement) -> None:
     except OSError as error:
         replaceable = error.errno == errno.EADDRINUSE and "MESHGPT_ANY_PORT" in os.environ
         raise (PortTakenError if replaceable else UserError)(
-            f"cannot listen on {place.bind}: {error.strerror}. A port in use needs another one in --coordinator "
+            f"cannot listen on {spec.bind}: {error.strerror}. A port in use needs another one in --coordinator "
             "(on every process); an address that is not this machine's, --bind"
         ) from error
     if str(address[0]).startswith("127.") and not (named == "localhost" or named.startswith("127.")):
@@ -241,19 +241,19 @@ def _check_address(place: Placement) -> None:
 
 
 @contextlib.contextmanager
-def _watched(place: Placement) -> Iterator[None]:
+def _watched(spec: ProcessSpec) -> Iterator[None]:
     """Ends the process with a message when the deadline passes within."""
     done = threading.Event()
 
     def watch() -> None:
-        if done.wait(place.deadline):
+        if done.wait(spec.deadline):
             return
-        late = f"error: after {place.deadline:g} s "
-        if place.process_id and not _answers(place.coordinator):
-            text = f"nobody answers at {place.coordinator}: is process 0 running, and is that its address? A firewall?"
+        late = f"error: after {spec.deadline:g} s "
+        if spec.process_id and not _answers(spec.coordinator):
+            text = f"nobody answers at {spec.coordinator}: is process 0 running, and is that its address? A firewall?"
         else:
             text = (
-                f"not all {place.processes} processes have come to {place.coordinator}: look at the output of the "
+                f"not all {spec.processes} processes have come to {spec.coordinator}: look at the output of the "
                 "others, and whether each has its own --process-id"
             )
         print(late + text + " --deadline SECONDS waits longer.", file=sys.stderr, flush=True)
@@ -275,7 +275,7 @@ def _answers(coordinator: str) -> bool:
     return True
 
 
-def first_then_others(first: Callable[[], T], others: Callable[[], T]) -> T:
+def primary_first(first: Callable[[], T], others: Callable[[], T]) -> T:
     """`first()` on process 0, and when it has returned `others()` on the others.
 
     Raises:
@@ -339,9 +339,9 @@ def forget(key: str) -> None:
     _store().key_value_delete(key)
 
 
-def told(name: str, text: str, seconds: float = 1.0) -> dict[int, str]:
+def gather_text(name: str, text: str, seconds: float = 1.0) -> dict[int, str]:
     """On process 0, what each process says under a new name, but for those later than `seconds`; {} elsewhere."""
-    key, store = f"meshgpt/told/{name}/", _store()
+    key, store = f"meshgpt/gathered/{name}/", _store()
     store.key_value_set(f"{key}{number()}", text)
     if number():
         return {}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshgpt.distributed import processes
-from meshgpt.distributed.heartbeat import Pulse
+from meshgpt.distributed.heartbeat import Heartbeat
 from meshgpt.settings import json_text
 
 _MOST_NAMED = 16  # processes whose time gets a column of its own in the metrics
@@ -26,12 +26,12 @@ _SLOW_SECONDS = 0.02  # less is no slowness: process 0 writes the metrics
 _REPEATS = 3
 
 
-class Pace:
+class StragglerMonitor:
     """Gathers the figures of all processes at a step that is logged."""
 
-    def __init__(self, pulse: Pulse, message: Callable[[str], None]) -> None:
+    def __init__(self, heartbeat: Heartbeat, message: Callable[[str], None]) -> None:
         """`message` takes a line for the reader, on process 0."""
-        self._pulse, self._message = pulse, message
+        self._heartbeat, self._message = heartbeat, message
         self.several = processes.several() and jax.process_count() > 1
         self._told: tuple[int, ...] = ()
 
@@ -40,20 +40,20 @@ class Pace:
         process 0, and for a single process. To be called by all, with nothing under way on the devices."""
         if not self.several:
             return {}
-        mine = self._pulse.own_seconds() + _probe()
-        told = processes.told(f"pace/{step}", json_text([mine, socket.gethostname()]))
-        if not told:
+        mine = self._heartbeat.own_seconds() + _probe()
+        gathered = processes.gather_text(f"pace/{step}", json_text([mine, socket.gethostname()]))
+        if not gathered:
             return {}
-        seconds = {number: json.loads(text)[0] for number, text in sorted(told.items())}
+        seconds = {number: json.loads(text)[0] for number, text in sorted(gathered.items())}
         slowest = max(seconds, key=lambda number: seconds[number])
-        self._say(slowest, seconds, json.loads(told[slowest])[1])
+        self._say(slowest, seconds, json.loads(gathered[slowest])[1])
         figures = {f"process_seconds/{n}": value for n, value in seconds.items() if len(seconds) <= _MOST_NAMED}
         return figures | {"slowest_process": slowest, "slowest_process_seconds": seconds[slowest]}
 
     def _say(self, slowest: int, seconds: dict[int, float], host: str) -> None:
         """A line for each process that is found slow, once."""
         usual = statistics.median_low(seconds.values())
-        much = seconds[slowest] - usual > max(_SLOW_SECONDS, _SLOW_SHARE * self._pulse.step_seconds)
+        much = seconds[slowest] - usual > max(_SLOW_SECONDS, _SLOW_SHARE * self._heartbeat.step_seconds)
         if seconds[slowest] > _SLOW * usual and much and slowest not in self._told:
             self._told += (slowest,)
             self._message(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from meshgpt.distributed import heartbeat
-from meshgpt.distributed.heartbeat import Life, Listener, Sign, Silence
+from meshgpt.distributed.heartbeat import HangTimeouts, HeartbeatRecord, Life, Listener
 from meshgpt.errors import UserError
 from meshgpt.settings import json_text, settings
 
@@ -34,14 +34,14 @@ _NOISE = ("[Gloo]", "@ ", "***")  # of the peers at every start; of a stack that
 class Patience:
     """When to act. Times in seconds.
 
-    max_restarts: in a row without a checkpoint gained, before giving up. silence: that of a process that hangs.
+    max_restarts: in a row without a checkpoint gained, before giving up. timeouts: when a process counts as hung.
     grace: after SIGTERM, and after the last sign of a save that makes progress. pause: before the first restart, twice
     as long before the second that gains nothing, and so on. poll: between two looks. deadline: the processes' own,
     within which all must have found each other; 0 leaves it to the environment.
     """
 
     max_restarts: int = 5
-    silence: Silence = Silence()
+    timeouts: HangTimeouts = HangTimeouts()
     grace: float = 120.0
     pause: float = 1.0
     poll: float = 0.05
@@ -65,7 +65,7 @@ class Scene:
     """What the supervisor sees at one moment: the processes, their newest signs of life, and how many lives were."""
 
     processes: Sequence[subprocess.Popen[bytes]]
-    signs: Sequence[Sign | None]
+    signs: Sequence[HeartbeatRecord | None]
     lives: int
 
 
@@ -202,7 +202,7 @@ class Supervisor:
 
     def _watched(self, running: list[subprocess.Popen[bytes]], paths: list[Path]) -> tuple[int, str]:
         """Returns when all have ended well, one has not, or one hangs: (exit code, reason)."""
-        listener, passed_on = Listener(self._patience.silence), False
+        listener, passed_on = Listener(self._patience.timeouts), False
         while True:
             codes = [process.poll() for process in running]
             if any(code not in (None, 0) for code in codes):

@@ -101,9 +101,9 @@ class Scorer:
             nonlocal done
             if pending is None:
                 return
-            nats_B, greedy_B = (fetch(out) for out in pending[1])
+            logprob_B, greedy_B = (fetch(out) for out in pending[1])
             for row, index in enumerate(pending[0].indices):
-                found[index] = Score(float(nats_B[row]), bool(greedy_B[row]))
+                found[index] = Score(float(logprob_B[row]), bool(greedy_B[row]))
             done += len(pending[0].indices)
             report(label, done, total)
 
@@ -216,9 +216,9 @@ def _scores(
     cut = functools.partial(_cut, targets_BC.shape[1])
     states = spec("batch seq embed")
     x_BCD = jax.shard_map(cut, in_specs=(states, spec("batch _")), out_specs=states, check_vma=False)(x_BTD, first_B1)
-    nats_BC, greedy_BC = token_log_likelihoods(x_BCD, decoder.head(), targets_BC, allowed_V=allowed_V)
-    nats_B = jnp.sum(jnp.where(counts_BC, nats_BC, 0.0), 1)
-    return nats_B, jnp.all(greedy_BC | ~counts_BC, 1)
+    logprob_BC, greedy_BC = token_log_likelihoods(x_BCD, decoder.head(), targets_BC, allowed_V=allowed_V)
+    logprob_B = jnp.sum(jnp.where(counts_BC, logprob_BC, 0.0), 1)
+    return logprob_B, jnp.all(greedy_BC | ~counts_BC, 1)
 
 
 def _cut(count: int, x_bTD: jax.Array, first_b1: jax.Array) -> jax.Array:

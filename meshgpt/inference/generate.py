@@ -263,7 +263,7 @@ def _prefill(
     caches = ready.decoder.empty_caches(*tokens_PT.shape)
     order_PT = jnp.zeros_like(tokens_PT) + jnp.arange(tokens_PT.shape[1])[None]
     causal = Slots(jnp.int32(0), order_PT[:, None] <= order_PT[..., None])
-    x_PTD, caches = ready.decoder.extend(tokens_PT, order_PT, causal, caches, ready.blocks)
+    x_PTD, caches = ready.decoder.forward_cached(tokens_PT, order_PT, causal, caches, ready.blocks)
     at_end = order_PT == jax.sharding.reshard(lengths_P, spec("batch"))[:, None] - 1
     x_P1D = jnp.sum(jnp.where(at_end[..., None], x_PTD, jnp.zeros_like(x_PTD)), 1, keepdims=True)
     logits_RV = ready.decoder.logits(x_P1D)[:, 0].at[rows.prompt_R].get(out_sharding=spec("batch _"))
@@ -305,7 +305,9 @@ def _decode(
         seen_RS = own_RS | ((slots_1S >= longest) & (slots_1S <= slot))
         positions_R1 = (rows.length_R + state.drawn_R - 1)[:, None]
         slots = Slots(slot, seen_RS[:, None])
-        x_R1D, caches = ready.decoder.extend(state.token_R[:, None], positions_R1, slots, state.caches, ready.blocks)
+        x_R1D, caches = ready.decoder.forward_cached(
+            state.token_R[:, None], positions_R1, slots, state.caches, ready.blocks
+        )
         token_R1, state = _drawn(
             ready.decoder.logits(x_R1D)[:, 0], rows, knobs, allowed_V, dataclasses.replace(state, caches=caches)
         )

@@ -109,17 +109,17 @@ class Decoder(nnx.Module, abc.ABC):
             key: turns dropout on.
             document_end: the end-of-text id, where attention and positions are to stop at the ends of documents.
         """
-        context = self.whole(tokens_BT, key, document_end)
-        return self.through(self.embed(tokens_BT, context), context)
+        context = self.make_context(tokens_BT, key, document_end)
+        return self.apply_blocks(self.embed(tokens_BT, context), context)
 
-    def whole(self, tokens_BT: jax.Array, key: jax.Array | None, document_end: int | None) -> Context:
+    def make_context(self, tokens_BT: jax.Array, key: jax.Array | None, document_end: int | None) -> Context:
         """The context of whole rows; arguments as in `hidden`."""
         if document_end is None:
             return self.context(jnp.arange(tokens_BT.shape[1])[None], None, key)
         segments_BT, positions_BT = documents_of(tokens_BT, document_end)
         return dataclasses.replace(self.context(positions_BT, None, key), segments_BT=segments_BT)
 
-    def through(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+    def apply_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Embedded tokens through all blocks and the final norm, (B, T, D)."""
 
         def block(one: nnx.Module, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -128,7 +128,7 @@ class Decoder(nnx.Module, abc.ABC):
         x_BTD = run_stack(block, self.blocks, x_BTD, context.split(4), self.shape.n_layers, self.execution)
         return self.ln_f(x_BTD)
 
-    def extend(
+    def forward_cached(
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
@@ -182,5 +182,5 @@ def documents_of(tokens_BT: jax.Array, document_end: int) -> tuple[jax.Array, ja
 
 
 def single_blocks(model: Decoder) -> list[nnx.Module]:
-    """The blocks of a model one by one, for `Decoder.extend`."""
+    """The blocks of a model one by one, for `Decoder.forward_cached`."""
     return unstack(model.blocks, model.shape.n_layers)

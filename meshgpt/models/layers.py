@@ -70,10 +70,10 @@ def param(key: jax.Array, shape: tuple[int, ...], axes: str, init: Initializer, 
 
 def weight(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """The parameter in `dtype` with its `fsdp` slices gathered."""
-    return at_use(w.get_value(), w.axes, dtype)
+    return gather_for_compute(w.get_value(), w.axes, dtype)
 
 
-def at_use(value: Any, axes: str, dtype: jnp.dtype) -> jax.Array:
+def gather_for_compute(value: Any, axes: str, dtype: jnp.dtype) -> jax.Array:
     """An array or `Weight` that rests as `axes` say, in `dtype` with its `fsdp` slices gathered.
 
     Cast before gathered: the all-gather moves `dtype` bytes, and its transpose is the gradient's reduce-scatter.
@@ -91,7 +91,7 @@ def product(equation: str, x: jax.Array, value: Any, axes: str, out: str) -> jax
     """`einsum` with what a parameter holds: an array, a `Weight` or a `Product` that rests as `axes` say."""
     if isinstance(value, Product):
         return value.product(equation, x, axes, out)
-    return jnp.einsum(equation, x, at_use(value, axes, x.dtype), out_sharding=spec(out))
+    return jnp.einsum(equation, x, gather_for_compute(value, axes, x.dtype), out_sharding=spec(out))
 
 
 def bias_add(x: jax.Array, bias: nnx.Param) -> jax.Array:

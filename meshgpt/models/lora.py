@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from meshgpt.distributed.mesh import spec
-from meshgpt.models.layers import Weight, at_use, dropout, product
+from meshgpt.models.layers import Weight, dropout, gather_for_compute, product
 from meshgpt.trees import MatrixAxes
 
 
@@ -50,8 +50,8 @@ class LowRank:
         meets = sum(letter in inputs for letter in letters)
         names, lies = axes.split(), dict(zip(result, out.split(), strict=True))
         kept = "".join(letter for letter in inputs if letter not in letters)
-        a = at_use(self.a, " ".join([*names[:meets], "_"]), x.dtype)
-        b = at_use(self.b, " ".join(["_", *names[meets:]]), x.dtype)
+        a = gather_for_compute(self.a, " ".join([*names[:meets], "_"]), x.dtype)
+        b = gather_for_compute(self.b, " ".join(["_", *names[meets:]]), x.dtype)
         key = None if self.key is None else jax.random.wrap_key_data(self.key)
         low = jnp.einsum(
             f"{inputs},{letters[:meets]}r->{kept}r", dropout(x, self.rate, key), a,

@@ -129,14 +129,17 @@ class Distill:
         vocab = min(config.vocab_size, student.vocab_size)
         return flops.forward(parameter_shapes(config), vocab, seq_len).total
 
-    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
+    def score(
+        self, student_logits: jax.Array, is_target: jax.Array, weights_bc: jax.Array, teacher_logits: jax.Array | None
+    ) -> Scored:
         """The first two losses, summed over tokens, and their gradient with respect to the student's logits."""
-        assert teacher is not None, "distillation without a teacher"
-        temperature, own = self.temperature, NextToken().score(logits, hit, weights_bc, None)
-        s, t = Softmax.of(logits / temperature), Softmax.of(teacher / temperature)
+        assert teacher_logits is not None, "distillation without a teacher"
+        temperature, own = self.temperature, NextToken().score(student_logits, is_target, weights_bc, None)
+        s, t = Softmax.of(student_logits / temperature), Softmax.of(teacher_logits / temperature)
         p_student, p_teacher = s.exp / s.normaliser[..., None], t.exp / t.normaliser[..., None]
         # -inf where an id is padding: there the teacher gives no probability, and 0 log 0 is 0.
-        difference = jnp.where(jnp.isfinite(teacher) & jnp.isfinite(logits), (teacher - logits) / temperature, 0.0)
+        known = jnp.isfinite(teacher_logits) & jnp.isfinite(student_logits)
+        difference = jnp.where(known, (teacher_logits - student_logits) / temperature, 0.0)
         divergence = jax.lax.psum(jnp.sum(p_teacher * difference, -1), "tensor") - t.logsumexp + s.logsumexp
         loss = jnp.sum(weights_bc * divergence) * (self.alpha_ce * temperature**2) + self.alpha_mlm_or_clm * own.total
         slope = weights_bc[..., None] * (p_student - p_teacher)

@@ -90,8 +90,8 @@ def _reach(
     decoder = model.bind(params)
     segments_BT, _ = documents_of(tokens_BT, document_end)
     own_BT = (segments_BT >> digit) & 1 == value
-    context = decoder.whole(tokens_BT, None, document_end)
-    y_BTD, pull = jax.vjp(lambda x_BTD: decoder.through(x_BTD, context), decoder.embed(tokens_BT, context))
+    context = decoder.make_context(tokens_BT, None, document_end)
+    y_BTD, pull = jax.vjp(lambda x_BTD: decoder.apply_blocks(x_BTD, context), decoder.embed(tokens_BT, context))
     # Not constant over the width, which a norm would undo, nor over positions, whose parts could cancel.
     places_TD = jnp.arange(y_BTD.shape[1], dtype=jnp.float32)[:, None] + 1
     pattern_TD = jnp.sin(places_TD * (1 + jnp.arange(y_BTD.shape[-1], dtype=jnp.float32))[None])

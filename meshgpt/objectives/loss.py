@@ -1,4 +1,6 @@
-"""Losses of next-token logits that never hold these for a whole batch: cross-entropy here, distillation in `distill`.
+"""Losses of next-token logits that never hold these for a whole batch.
+
+Cross-entropy is here, `distillation` has the loss beside a teacher.
 
 Each device computes the logits of its own tokens and its own slice of the vocabulary, a chunk of tokens at a time, and
 the gradient with respect to hidden states and head in the same pass (they are products of the logits, which are then
@@ -54,7 +56,7 @@ class Scored(NamedTuple):
     nats: jax.Array | None = None
 
 
-class Score(Protocol):
+class LogitObjective(Protocol):
     """What is summed over tokens, given logits of some of them against a device's slice of the vocabulary.
 
     Devices along `tensor` hold the other slices. chunk_tokens: tokens whose logits one device holds at a time.
@@ -65,15 +67,17 @@ class Score(Protocol):
     def chunk_tokens(self) -> int: ...
 
     @property
-    def plain(self) -> "Score": ...
+    def plain(self) -> "LogitObjective": ...
 
-    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
+    def score(
+        self, student_logits: jax.Array, is_target: jax.Array, weights_bc: jax.Array, teacher_logits: jax.Array | None
+    ) -> Scored:
         """The sums of some tokens.
 
         Args:
-          logits: (b, c, v) float32, -inf where the vocabulary is padding.
-          hit: (b, c, v), whether an id is the target.
-          teacher: the logits of a frozen model, where there is one.
+          student_logits: (b, c, v) float32, -inf where the vocabulary is padding.
+          is_target: (b, c, v), whether an id is the target.
+          teacher_logits: those of a frozen model, where there is one.
         """
         ...
 
@@ -115,14 +119,16 @@ class NextToken:
         del student, seq_len
         return 0
 
-    def score(self, logits: jax.Array, hit: jax.Array, weights_bc: jax.Array, teacher: jax.Array | None) -> Scored:
+    def score(
+        self, student_logits: jax.Array, is_target: jax.Array, weights_bc: jax.Array, teacher_logits: jax.Array | None
+    ) -> Scored:
         """weight * (logsumexp(logits) - logits[target] + z_loss * logsumexp(logits)^2), summed, and its gradient."""
-        del teacher
-        softmax = Softmax.of(logits)
-        gold = jax.lax.psum(jnp.where(hit, logits, 0.0).sum(-1), "tensor")
+        del teacher_logits
+        softmax = Softmax.of(student_logits)
+        gold = jax.lax.psum(jnp.where(is_target, student_logits, 0.0).sum(-1), "tensor")
         total = jnp.sum(weights_bc * (softmax.logsumexp - gold + self.z_loss * jnp.square(softmax.logsumexp)))
         slope = weights_bc * (1.0 + 2.0 * self.z_loss * softmax.logsumexp) / softmax.normaliser
-        gradient = softmax.exp * slope[..., None] - jnp.where(hit, weights_bc[..., None], 0.0)
+        gradient = softmax.exp * slope[..., None] - jnp.where(is_target, weights_bc[..., None], 0.0)
         nats = jnp.sum(weights_bc * (softmax.logsumexp - gold)) if self.z_loss else None
         return Scored(total, gradient, nats)
 
@@ -195,7 +201,7 @@ def summed(
     head: Head,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    objective: Score,
+    objective: LogitObjective,
     teacher: Teacher | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """What `objective` scores, summed over tokens, and the next-token loss in it (`Scored.nats`).
@@ -228,7 +234,7 @@ _summed.defvjp(_forward, _backward)
 
 def _sharded(
     sizes: tuple[int, int | None],
-    objective: Score,
+    objective: LogitObjective,
     x_BTD,
     weight_VD,
     bias_V,
@@ -368,8 +374,8 @@ def _split(a_bT: jax.Array, chunk_tokens: int) -> jax.Array:
 def _chunk(objective, differentiate, w_vD, ids_v, own, taught, totals, xs):
     """Adds one chunk's loss (and gradients) to the totals; gives the gradient of its hidden states."""
     x_bcD, x_bcE, targets_bc, weights_bc = xs
-    hit = ids_v[None, None] == targets_bc[..., None]
-    total, g, nats = objective.score(own(x_bcD), hit, weights_bc, None if taught is None else taught(x_bcE))
+    is_target = ids_v[None, None] == targets_bc[..., None]
+    total, g, nats = objective.score(own(x_bcD), is_target, weights_bc, None if taught is None else taught(x_bcE))
     loss = totals.loss + total
     nats = None if totals.nats is None else totals.nats + nats
     if not differentiate:

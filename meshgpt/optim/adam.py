@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from meshgpt.distributed import host_memory
-from meshgpt.optim.moments import Format, Layout, Packed, Part, Plain, over_parts
+from meshgpt.optim.moments import Format, Layout, MomentCodec, Plain, RowChunk, over_chunks
 from meshgpt.trees import Tree, map_with_names, unzip
 
 _ROUNDING = 1.001  # what float32 may add to an update that is as large as Adam's can be
@@ -150,33 +150,34 @@ class Adam:
         return mapped(g, mu, nu, corrections, finite)
 
     def _in_parts(
-        self, layout: Layout, first: Packed, second: Packed, arrays: Any, corrections: Corrections, finite: jax.Array
-    ) -> Any:
+        self, layout: Layout, first: MomentCodec, second: MomentCodec, arrays: Any, corrections: Corrections,
+        finite: jax.Array,
+    ) -> Any:  # fmt: skip
         """One device's gradient and moments, each array as (G, R, X): the update in the gradient's place, and they."""
         shape = arrays[0].shape
 
-        def squares(part: Part) -> jax.Array:
-            g_RC, _, nu = jax.tree.map(part.read, arrays)
+        def squares(chunk: RowChunk) -> jax.Array:
+            g_RC, _, nu = jax.tree.map(chunk.read, arrays)
             v_RC = second.decode(layout, nu)
             return self._moments(g_RC.astype(jnp.float32), v_RC, v_RC)[1]
 
-        survey = second.survey(layout, shape, squares)
+        stats = second.collect_stats(layout, shape, squares)
 
-        def new(g_RC: jax.Array, mu: Any, nu: Any, survey: Any) -> Any:
+        def new(g_RC: jax.Array, mu: Any, nu: Any, stats: Any) -> Any:
             m_RC, v_RC = first.decode(layout, mu), second.decode(layout, nu)
             m_RC, v_RC = self._moments(g_RC.astype(jnp.float32), m_RC, v_RC)
             u_RC = self._direction(m_RC, v_RC, corrections).astype(g_RC.dtype)
-            return u_RC, first.encode(layout, m_RC, mu, None), second.encode(layout, v_RC, nu, survey)
+            return u_RC, first.encode(layout, m_RC, mu, None), second.encode(layout, v_RC, nu, stats)
 
-        def body(part: Part, carry: Any) -> Any:
-            pieces = *jax.tree.map(part.read, carry), jax.tree.map(part.read, survey)
+        def body(chunk: RowChunk, carry: Any) -> Any:
+            pieces = *jax.tree.map(chunk.read, carry), jax.tree.map(chunk.read, stats)
             # Besides skipping, the branch ends XLA's fusion: all is read before anything is written to its place, which
             # otherwise would be copied whole.
-            pieces = jax.lax.cond(finite, new, lambda g, mu, nu, survey: (g, mu, nu), *pieces)
-            return jax.tree.map(part.write, carry, pieces)
+            pieces = jax.lax.cond(finite, new, lambda g, mu, nu, stats: (g, mu, nu), *pieces)
+            return jax.tree.map(chunk.write, carry, pieces)
 
-        g, mu, nu = over_parts(shape, body, arrays)
-        return g, mu, second.finish(nu, survey, finite)
+        g, mu, nu = over_chunks(shape, body, arrays)
+        return g, mu, second.finish(nu, stats, finite)
 
     def _moments(self, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.b1 * m + (1 - self.b1) * g, self.b2 * v + (1 - self.b2) * jnp.square(g)

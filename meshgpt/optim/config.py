@@ -1,8 +1,8 @@
 """Optimizers, as optax gradient transformations, each a dataclass that a recipe's `optim` may be.
 
-An optimizer here is a direction: the transformation that turns a mean gradient into an update of size one. `step`
-clips before it and multiplies by the learning rate of the step after it, so that both are said once, for all. A
-direction's `update` takes `finite`, a scalar: where it is False the state stays as it was.
+An optimizer here is a transformation, which turns a mean gradient into an update of size one. `step`
+clips before it and multiplies by the learning rate of the step after it, so that both are said once, for all. Its
+`update` takes `finite`, a scalar: where it is False the state stays as it was.
 """
 
 import abc
@@ -94,8 +94,8 @@ class Common(abc.ABC):
                 raise UserError(f"optim.{field.name}={value}: give a number {wanted}")
 
     @abc.abstractmethod
-    def direction(self) -> optax.GradientTransformationExtraArgs:
-        """The update's direction, before the learning rate."""
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        """Gradients to updates, before the learning rate."""
 
 
 @settings("optim")
@@ -117,7 +117,7 @@ class AdamW(Common):
     second_moment_dtype: FloatName = "float32"
     """Dtype of the second moment; with bfloat16, b2 is at most 0.99, as smaller changes would be lost."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         _check_memory("moment_dtype", self.moment_dtype, "b1", self.b1)
         _check_memory("second_moment_dtype", self.second_moment_dtype, "b2", self.b2)
         return _adamw(self)
@@ -142,7 +142,7 @@ class AdamW8bit(Common):
     eps: float = 1e-8
     """Number added to the root of the second moment."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         return _adamw(self)
 
     @property
@@ -165,7 +165,7 @@ class AdamW4bit(Common):
     eps: float = 1e-8
     """Number added to the root of the second moment."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         return _adamw(self)
 
     @property
@@ -185,7 +185,7 @@ class Adafactor(Common):
     clip_rms: float = 1.0
     """Largest root mean square of an update."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         moment = FactoredMoment(decay=self.decay, eps=self.eps, clip=self.clip_rms)
         return _with_decay(self, moment.transformation())
 
@@ -208,7 +208,7 @@ class Lion(Common):
     moment_dtype: FloatName = "float32"
     """Dtype of the momentum; with bfloat16, b2 is at most 0.99, as smaller changes would be lost."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         _check_memory("moment_dtype", self.moment_dtype, "b2", self.b2)
         return _with_decay(self, _held(optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.moment_dtype))))
 
@@ -230,7 +230,7 @@ class Muon(Common):
     eps: float = 1e-8
     """Number added to the root of AdamW's second moment."""
 
-    def direction(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
         adam = Adam(self.b1, self.b2, self.eps, Plain("float32"), Plain("float32")).transformation()
         parts: dict[Hashable, optax.GradientTransformation] = {
             "muon": OrthogonalMomentum(self.beta).transformation(),
@@ -278,13 +278,13 @@ def _adamw(optim: "AdamW | AdamW8bit | AdamW4bit") -> optax.GradientTransformati
     return _decaying(optim, adam.transformation())
 
 
-def _with_decay(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    return _decaying(optim, direction if optim.state_memory == "device" else _paged(direction))
+def _with_decay(optim: Common, transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return _decaying(optim, transformation if optim.state_memory == "device" else _paged(transformation))
 
 
-def _decaying(optim: Common, direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def _decaying(optim: Common, transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(
-        optax.chain(direction, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
+        optax.chain(transformation, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     )
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from meshgpt.distributed import host_memory
 from meshgpt.optim.adam import AdamState, packed_layout, zero_moment
 from meshgpt.optim.config import Adafactor, Common, Lion, Muon, Optimizer
-from meshgpt.optim.moments import Blocked, Format, Layout, Packed, Part, Plain, Rank1, over_parts
+from meshgpt.optim.moments import Blocked, Format, Layout, MomentCodec, Plain, Rank1, RowChunk, over_chunks
 from meshgpt.optim.muon import MuonState
 from meshgpt.trees import Tree, leaves_with_names, path_name
 
@@ -53,7 +53,7 @@ def carried(old: Optimizer, state: Tree, new: Optimizer, params: Tree) -> tuple[
     """
     first, second = _moments(old, state)
     leaves = dict(leaves_with_names(params))
-    abstract = jax.eval_shape(new.direction().init, params)
+    abstract = jax.eval_shape(new.transformation().init, params)
     paged = new.state_memory != "device"
     said = {"first": _said(bool(first)), "second": "dropped" if second else ""}
 
@@ -92,7 +92,7 @@ def carried(old: Optimizer, state: Tree, new: Optimizer, params: Tree) -> tuple[
         raise AssertionError(f"a state of {type(empty).__name__}")
 
     if isinstance(new, Adafactor):
-        return new.direction().init(params), ["moments: Adafactor keeps them otherwise, and starts afresh"]
+        return new.transformation().init(params), ["moments: Adafactor keeps them otherwise, and starts afresh"]
     made = jax.tree.map(node, abstract, is_leaf=_is_node)
     return made, [f"{which} moments: {what}" for which, what in said.items() if what]
 
@@ -164,10 +164,10 @@ def decoded(kept: Format, name: str, leaf: Any, param: jax.Array) -> jax.Array:
         pieces = jax.tree.map(layout.matrices, leaf)
         x_GRC = layout.matrices(x)
 
-        def body(part: Part, x_GRC: jax.Array) -> jax.Array:
-            return part.write(x_GRC, kept.decode(layout, jax.tree.map(part.read, pieces)))
+        def body(chunk: RowChunk, x_GRC: jax.Array) -> jax.Array:
+            return chunk.write(x_GRC, kept.decode(layout, jax.tree.map(chunk.read, pieces)))
 
-        return over_parts(layout.axes.shape(x.shape), body, x_GRC).reshape(x.shape)
+        return over_chunks(layout.axes.shape(x.shape), body, x_GRC).reshape(x.shape)
 
     return _on_mesh(layout, kept, local, (True, False), False)(leaf, jnp.zeros_like(param, jnp.float32))
 
@@ -181,21 +181,21 @@ def encoded(kept: Format, name: str, x: jax.Array, param: jax.Array) -> Any:
 
     def local(x: jax.Array, old: Any) -> Any:
         x_GRC, shape = layout.matrices(x), layout.axes.shape(x.shape)
-        survey = kept.survey(layout, shape, lambda part: part.read(x_GRC))
+        stats = kept.collect_stats(layout, shape, lambda chunk: chunk.read(x_GRC))
 
-        def body(part: Part, state: Any) -> Any:
-            old, seen = jax.tree.map(part.read, state), jax.tree.map(part.read, survey)
-            return jax.tree.map(part.write, state, kept.encode(layout, part.read(x_GRC), old, seen))
+        def body(chunk: RowChunk, state: Any) -> Any:
+            old, seen = jax.tree.map(chunk.read, state), jax.tree.map(chunk.read, stats)
+            return jax.tree.map(chunk.write, state, kept.encode(layout, chunk.read(x_GRC), old, seen))
 
-        state = over_parts(shape, body, jax.tree.map(layout.matrices, old))
-        state = kept.finish(state, survey, jnp.asarray(True))
+        state = over_chunks(shape, body, jax.tree.map(layout.matrices, old))
+        state = kept.finish(state, stats, jnp.asarray(True))
         return jax.tree.map(lambda a, like: a.reshape(like.shape), state, old)
 
     return _on_mesh(layout, kept, local, (False, True), True)(x, kept.zeros(layout))
 
 
 def _on_mesh(
-    layout: Layout, kept: Packed, local: Callable[..., Any], packed: tuple[bool, ...], gives_packed: bool
+    layout: Layout, kept: MomentCodec, local: Callable[..., Any], packed: tuple[bool, ...], gives_packed: bool
 ) -> Callable[..., Any]:
     """`local` on each device's part of its arguments: moments in codes where `packed` says so, else like parameters."""
     if not layout.mesh:

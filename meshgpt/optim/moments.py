@@ -105,7 +105,7 @@ class Layout:
         return array.reshape(self.axes.shape(array.shape))
 
 
-class Part(NamedTuple):
+class RowChunk(NamedTuple):
     """`rows` rows from `row` on, of all that one of the stacked matrices has on this device."""
 
     matrix: jax.Array
@@ -127,8 +127,8 @@ class Part(NamedTuple):
         return self.matrix, self.row // each, jnp.zeros_like(self.row)
 
 
-def over_parts(shape: tuple[int, int, int], body: Callable[[Part, Any], Any], carry: Any) -> Any:
-    """carry = body(part, carry) for chunks of rows that make up a (G, R, C)."""
+def over_chunks(shape: tuple[int, int, int], body: Callable[[RowChunk, Any], Any], carry: Any) -> Any:
+    """carry = body(chunk, carry) for chunks of rows that make up a (G, R, C)."""
     matrices, rows, columns = shape
     pairs = rows // 2 if rows % 2 == 0 else rows
     divisors = [d for d in range(1, pairs + 1) if pairs % d == 0]
@@ -136,7 +136,7 @@ def over_parts(shape: tuple[int, int, int], body: Callable[[Part, Any], Any], ca
 
     def step(i: jax.Array, carry: Any) -> Any:
         size = rows // chunks
-        return body(Part(i // chunks, i % chunks * size, size, rows), carry)
+        return body(RowChunk(i // chunks, i % chunks * size, size, rows), carry)
 
     return jax.lax.fori_loop(0, matrices * chunks, step, carry)
 
@@ -148,10 +148,11 @@ class Plain:
     dtype: str
 
 
-class Packed(Protocol):
+class MomentCodec(Protocol):
     """How a moment is kept in codes.
 
-    All but `zeros` and `specs` see one device's arrays, each as (G, R, X); a piece is what `Part.read` gives of each.
+    All but `zeros` and `specs` see one device's arrays, each as (G, R, X); a piece is what `RowChunk.read` gives
+    of each.
     """
 
     def zeros(self, layout: Layout) -> Any:
@@ -166,15 +167,15 @@ class Packed(Protocol):
         """(rows, C) float32."""
         ...
 
-    def survey(self, layout: Layout, shape: tuple[int, int, int], new: Callable[[Part], jax.Array]) -> Any:
-        """What `encode` needs to know of all of the new moment, which `new` computes part by part."""
+    def collect_stats(self, layout: Layout, shape: tuple[int, int, int], new: Callable[[RowChunk], jax.Array]) -> Any:
+        """What `encode` needs to know of all of the new moment, which `new` computes chunk by chunk."""
         ...
 
-    def encode(self, layout: Layout, x_RC: jax.Array, old: Any, survey: Any) -> Any:
-        """The piece in place of `old` that x makes; `survey` is a piece, too."""
+    def encode(self, layout: Layout, x_RC: jax.Array, old: Any, stats: Any) -> Any:
+        """The piece in place of `old` that x makes; `stats` is a piece, too."""
         ...
 
-    def finish(self, state: Any, survey: Any, finite: jax.Array) -> Any:
+    def finish(self, state: Any, stats: Any, finite: jax.Array) -> Any:
         """`state` after all its pieces were replaced, which they were where `finite`."""
         ...
 
@@ -198,15 +199,15 @@ class Blocks:
     def decode(self, layout: Layout, piece: Blocked) -> jax.Array:
         return self.codec.decode(_unpacked(piece.codes, self.codec)) * self._spread(layout, piece.scales)
 
-    def survey(self, layout: Layout, shape: tuple[int, int, int], new: Callable[[Part], jax.Array]) -> None:
+    def collect_stats(self, layout: Layout, shape: tuple[int, int, int], new: Callable[[RowChunk], jax.Array]) -> None:
         return None
 
-    def encode(self, layout: Layout, x_RC: jax.Array, old: Blocked, survey: None) -> Blocked:
+    def encode(self, layout: Layout, x_RC: jax.Array, old: Blocked, stats: None) -> Blocked:
         scales_RK = self._scales(layout, x_RC)
         codes_RC = self.codec.encode(x_RC * self._spread(layout, codecs.inverse(scales_RK)))
         return Blocked(_packed(codes_RC, self.codec), scales_RK)
 
-    def finish(self, state: Blocked, survey: None, finite: jax.Array) -> Blocked:
+    def finish(self, state: Blocked, stats: None, finite: jax.Array) -> Blocked:
         return state
 
     def _shared(self, layout: Layout) -> bool:
@@ -258,27 +259,27 @@ class RowsAndColumns:
     def decode(self, layout: Layout, piece: Rank1) -> jax.Array:
         return self.codec.decode(_unpacked(piece.codes, self.codec)) * codecs.rank1(piece.rows, piece.columns)
 
-    def survey(
-        self, layout: Layout, shape: tuple[int, int, int], new: Callable[[Part], jax.Array]
+    def collect_stats(
+        self, layout: Layout, shape: tuple[int, int, int], new: Callable[[RowChunk], jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        def body(part: Part, largest: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def body(chunk: RowChunk, largest: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             rows_GR1, columns_G1C = largest
-            x_RC = new(part)
-            columns = jnp.maximum(part.read(columns_G1C), x_RC.max(0, keepdims=True))
-            return part.write(rows_GR1, x_RC.max(1, keepdims=True)), part.write(columns_G1C, columns)
+            x_RC = new(chunk)
+            columns = jnp.maximum(chunk.read(columns_G1C), x_RC.max(0, keepdims=True))
+            return chunk.write(rows_GR1, x_RC.max(1, keepdims=True)), chunk.write(columns_G1C, columns)
 
         matrices, rows, columns = shape
         start = jnp.zeros((matrices, rows, 1), jnp.float32), jnp.zeros((matrices, 1, columns), jnp.float32)
-        rows_GR1, columns_G1C = over_parts(shape, body, start)
+        rows_GR1, columns_G1C = over_chunks(shape, body, start)
         return _largest(rows_GR1, layout.column_cuts), _largest(columns_G1C, layout.row_cuts)
 
-    def encode(self, layout: Layout, x_RC: jax.Array, old: Rank1, survey: tuple[jax.Array, jax.Array]) -> Rank1:
-        codes_RC = self.codec.encode(x_RC * codecs.inverse_rank1(*survey))
-        # The old scales are still needed by the parts to come.
+    def encode(self, layout: Layout, x_RC: jax.Array, old: Rank1, stats: tuple[jax.Array, jax.Array]) -> Rank1:
+        codes_RC = self.codec.encode(x_RC * codecs.inverse_rank1(*stats))
+        # The old scales are still needed by the chunks to come.
         return Rank1(_packed(codes_RC, self.codec), old.rows, old.columns)
 
-    def finish(self, state: Rank1, survey: tuple[jax.Array, jax.Array], finite: jax.Array) -> Rank1:
-        rows, columns = survey
+    def finish(self, state: Rank1, stats: tuple[jax.Array, jax.Array], finite: jax.Array) -> Rank1:
+        rows, columns = stats
         return Rank1(state.codes, jnp.where(finite, rows, state.rows), jnp.where(finite, columns, state.columns))
 
 
@@ -307,4 +308,4 @@ def _unpacked(codes_RC: jax.Array, codec: codecs.Codec) -> jax.Array:
     return codes_RC if codec.bits == 8 else codecs.unpack(codes_RC)
 
 
-Format: TypeAlias = Plain | Packed
+Format: TypeAlias = Plain | MomentCodec

@@ -27,7 +27,7 @@ _OF_THE_RATE = ("steps", "extend", "extend_schedule")  # fields of a run that th
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
+class ResumePoint:
     """A checkpoint to go on from. metadata: what was kept beside it, the configuration of then among it."""
 
     step: int
@@ -52,7 +52,7 @@ class Start:
     metadata: dict[str, Any]
 
 
-def newest(run: Run, checkpoints: Checkpointer) -> Point | None:
+def latest_checkpoint(run: Run, checkpoints: Checkpointer) -> ResumePoint | None:
     """The newest intact checkpoint; None where a run is to begin.
 
     Raises:
@@ -65,10 +65,10 @@ def newest(run: Run, checkpoints: Checkpointer) -> Point | None:
         return None
     if step > run.last_step:
         raise UserError(f"the run is at step {step}, beyond --steps {run.last_step}: give at least {step}")
-    return Point(step=step, metadata=dict(checkpoints.metadata(step)))
+    return ResumePoint(step=step, metadata=dict(checkpoints.metadata(step)))
 
 
-def batch_sizes(run: Run, point: Point | None) -> BatchSizes:
+def batch_sizes(run: Run, point: ResumePoint | None) -> BatchSizes:
     """Sequences of each step: those of before up to `point`, the run's from there on."""
     if point is None:
         return BatchSizes.constant(run.global_batch)
@@ -76,8 +76,8 @@ def batch_sizes(run: Run, point: Point | None) -> BatchSizes:
     return BatchSizes.from_json(before).changed(point.step, run.global_batch)
 
 
-def start(
-    program: Program, data: RunData, checkpoints: Checkpointer, point: Point | None, say: Callable[[str], None]
+def init_or_restore(
+    program: Program, data: RunData, checkpoints: Checkpointer, point: ResumePoint | None, say: Callable[[str], None]
 ) -> Start:
     """The state at `point`, or a new one; a base that is not trained is read again at every start.
 
@@ -117,7 +117,7 @@ def _new(program: Program, state: TrainState | None) -> TrainState:
     return state if moments is None else dataclasses.replace(state, opt_state=moments.into(state.opt_state))
 
 
-def restored(program: Program, checkpoints: Checkpointer, point: Point) -> tuple[TrainState, list[str]]:
+def restored(program: Program, checkpoints: Checkpointer, point: ResumePoint) -> tuple[TrainState, list[str]]:
     """The state at `point` as the run goes on from it, and what became of it in words, where that is another one."""
     run, then = program.run, point.metadata["run"]
     wanted = program.abstract()
@@ -140,7 +140,7 @@ def restored(program: Program, checkpoints: Checkpointer, point: Point) -> tuple
 
 
 def _history(
-    run: Run, point: Point, notes: list[str], sizes: BatchSizes, say: Callable[[str], None]
+    run: Run, point: ResumePoint, notes: list[str], sizes: BatchSizes, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The changes of the run so far, those at `point` among them, which are said."""
     earlier = list(point.metadata.get("history", []))
@@ -161,7 +161,7 @@ def _history(
     return [*earlier, {"step": point.step, "sequences": sequence, "changes": changes, "notes": notes}]
 
 
-def _rate_change(run: Run, point: Point) -> str:
+def _rate_change(run: Run, point: ResumePoint) -> str:
     """How the learning rate differs from what was planned when `point` was saved, in words; "" where it does not."""
     then, step = point.metadata["run"], point.step
     planned = learning_rate(

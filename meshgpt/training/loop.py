@@ -22,11 +22,11 @@ from meshgpt.checkpoint.manager import Checkpointer
 from meshgpt.config import Run, to_json
 from meshgpt.distributed import processes, stopping
 from meshgpt.distributed.batch import Feed
-from meshgpt.distributed.heartbeat import EVALUATING, FINISHING, SAVING, Pulse
+from meshgpt.distributed.heartbeat import EVALUATING, FINISHING, SAVING, Heartbeat
 from meshgpt.distributed.mesh import make_mesh
 from meshgpt.distributed.replicas import ReplicaCheck
 from meshgpt.distributed.stopping import StopRequests
-from meshgpt.distributed.stragglers import Pace
+from meshgpt.distributed.stragglers import StragglerMonitor
 from meshgpt.errors import UserError
 from meshgpt.models import flops
 from meshgpt.models.model import check_divisibility, parameter_shapes
@@ -34,7 +34,7 @@ from meshgpt.objectives.document_mask import isolation_prover
 from meshgpt.training.callbacks import Callback
 from meshgpt.training.data import RunData, open_run_data, without_preparing
 from meshgpt.training.finish import check_samples, finish, how_to_go_on
-from meshgpt.training.init_state import batch_sizes, newest, start
+from meshgpt.training.init_state import batch_sizes, init_or_restore, latest_checkpoint
 from meshgpt.training.memory import compile_fitting
 from meshgpt.training.pretrained import adopt, record_origin
 from meshgpt.training.program import Program, TrainStep, flops_per_token
@@ -71,19 +71,19 @@ def train(run: Run, command: str = "", callbacks: Sequence[Callback] = ()) -> No
     run = with_teacher(adopt(run, folder))
     mesh = make_mesh(run.mesh)
     check_divisibility(run.model, run.mesh.resolve(mesh.size), run.global_batch, run.accumulate)
-    say, pulse = print_line if jax.process_index() == 0 else _silent, Pulse()
-    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say, alive=pulse.alive)
+    say, heartbeat = print_line if jax.process_index() == 0 else _silent, Heartbeat()
+    checkpointer = partial(Checkpointer, folder.checkpoints, run.checkpointing, report=say, alive=heartbeat.alive)
     with claimed(folder, run, command, say), jax.set_mesh(mesh), checkpointer() as checkpoints:
-        point = newest(run, checkpoints)
+        point = latest_checkpoint(run, checkpoints)
         sizes = batch_sizes(run, point)
-        data = processes.first_then_others(
+        data = processes.primary_first(
             lambda: open_run_data(run, folder, sizes),
             lambda: open_run_data(without_preparing(run, folder), folder, sizes),
         )
         tokenizer = data.tokenizer()
         check_samples(run, tokenizer)
         loop = Loop.build(run, mesh, data, folder, callbacks if jax.process_index() == 0 else ())
-        begun = start(loop.program, data, checkpoints, point, say)
+        begun = init_or_restore(loop.program, data, checkpoints, point, say)
         begun = beside_teacher(loop.program, tokenizer, begun, fresh=point is None, say=say)
         loop = dataclasses.replace(loop, frozen=begun.frozen, metadata=loop.metadata | begun.metadata)
         state = begun.state
@@ -99,14 +99,14 @@ def train(run: Run, command: str = "", callbacks: Sequence[Callback] = ()) -> No
         replicas = ReplicaCheck(run.check_replicas_every, mesh, state.items())
         owed = point is not None and bool(point.metadata.get(_EVALUATION_OWED))
         with stopping.deferred() as stop:
-            state, stopped = run_steps(loop, folder, state, checkpoints, replicas, pulse, stop, evaluate_first=owed)
+            state, stopped = run_steps(loop, folder, state, checkpoints, replicas, heartbeat, stop, evaluate_first=owed)
             step = int(state.step)
             saved = f"stopped at step {step:,} and saved; to go on: {_to_go_on(command)}"
             if stopped:
                 say(saved)
                 return
             stop.saved(saved if jax.process_index() == 0 else "")
-            with pulse.busy(FINISHING):
+            with heartbeat.busy(FINISHING):
                 params = run.trainable.merged(state.params, loop.frozen)
                 finish(run, folder, loop.program.model, params, tokenizer, data.first_store, say)
                 if jax.process_index() == 0:
@@ -117,7 +117,7 @@ def train(run: Run, command: str = "", callbacks: Sequence[Callback] = ()) -> No
 def claimed(folder: RunFolder, run: Run, command: str, say: Callable[[str], None]) -> Iterator[None]:
     """`RunFolder.claimed` by process 0, for all."""
     with ExitStack() as held:
-        processes.first_then_others(lambda: held.enter_context(folder.claimed(run, command, say)), lambda: None)
+        processes.primary_first(lambda: held.enter_context(folder.claimed(run, command, say)), lambda: None)
         processes.check_shared(folder.record)
         yield
 
@@ -154,8 +154,8 @@ class Loop:
 
 
 def run_steps(
-    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck, pulse: Pulse,
-    stop: StopRequests, *, evaluate_first: bool = False,
+    loop: Loop, folder: RunFolder, state: TrainState, checkpoints: Checkpointer, replicas: ReplicaCheck,
+    heartbeat: Heartbeat, stop: StopRequests, *, evaluate_first: bool = False,
 ) -> tuple[TrainState, bool]:  # fmt: skip
     """Trains to the last step and saves it; True where a signal stopped it before, or in the evaluation of that step.
 
@@ -167,13 +167,13 @@ def run_steps(
     all_count = feed.place(np.ones((len(feed.rows), run.sequence_length), np.float32))
     if run.data.mask_documents and first < run.last_step:
         _prove_isolation(loop, feed, state)
-    figures = Figures(loop, folder, first, replicas, pulse)
+    logger = MetricsLogger(loop, folder, first, replicas, heartbeat)
     clock, step_fn = Clock(), None
     batches = clock.waited(iter(loop.data.batches.iterate(first, run.last_step, feed.rows)), DATA)
 
-    save = partial(_save, loop, checkpoints, pulse, clock)
-    with figures.open(), clock:
-        stopped = owed = evaluate_first and not _evaluated(loop, figures, clock, state)
+    save = partial(_save, loop, checkpoints, heartbeat, clock)
+    with logger.open(), clock:
+        stopped = owed = evaluate_first and not _evaluated(loop, logger, clock, state)
         for step, (tokens, weights) in () if stopped else enumerate(batches, start=first + 1):
             weights = all_count if weights is None else feed.place(weights)
             batch = feed.place(tokens)
@@ -181,38 +181,38 @@ def run_steps(
                 with clock.on(COMPILING):
                     step_fn = compile_fitting(loop.program, loop.train_step, state, loop.frozen, batch, weights)
                     processes.meet()  # one that compiles for minutes longer keeps no other one in a collective
-            with pulse.waiting():
+            with heartbeat.waiting():
                 state, metrics = step_fn(state, loop.frozen, batch, weights)
-            figures.add(step, metrics)
+            logger.add(step, metrics)
             if loop.validation.due(step):
-                owed = not _evaluated(loop, figures, clock, state)
+                owed = not _evaluated(loop, logger, clock, state)
             saves = step % run.checkpointing.every == 0 and step < run.last_step
             if saves or replicas.due(step):
-                figures.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
+                logger.flush()  # the metrics of a step come before its checkpoint, after which nothing writes them
                 replicas.compare(step, state.items())
             if saves:
                 save(state, owed)
             stopped = stop.asked()
-            if stopped or figures.diverged:
+            if stopped or logger.diverged:
                 break
-        figures.flush()
+        logger.flush()
         last = int(state.step)
         replicas.compare(last, state.items())
         save(state, owed, wait=True)
     if last > first and jax.process_index() == 0:
         print_line(str(clock))
-    if figures.diverged:
+    if logger.diverged:
         if jax.process_index() == 0:
             folder.mark_diverged(last)
-        raise UserError(f"{figures.diverged}; the last good parameters are saved in {folder.checkpoints}")
+        raise UserError(f"{logger.diverged}; the last good parameters are saved in {folder.checkpoints}")
     return state, stopped
 
 
 def _save(
-    loop: Loop, checkpoints: Checkpointer, pulse: Pulse, clock: Clock, state: TrainState, owed: bool, *,
+    loop: Loop, checkpoints: Checkpointer, heartbeat: Heartbeat, clock: Clock, state: TrainState, owed: bool, *,
     wait: bool = False,
 ) -> None:  # fmt: skip
-    with pulse.busy(SAVING), clock.on(SAVING):
+    with heartbeat.busy(SAVING), clock.on(SAVING):
         metadata = loop.metadata | ({_EVALUATION_OWED: True} if owed else {})
         checkpoints.save(int(state.step), state.items(), metadata)
         if wait:
@@ -221,10 +221,10 @@ def _save(
         callback.on_checkpoint(int(state.step), RunFolder(Path(loop.run.run_dir)).checkpoints / str(int(state.step)))
 
 
-def _evaluated(loop: Loop, figures: "Figures", clock: Clock, state: TrainState) -> bool:
+def _evaluated(loop: Loop, logger: "MetricsLogger", clock: Clock, state: TrainState) -> bool:
     """Logs what is measured after the state's step; False where a signal stopped it."""
     try:
-        with figures.evaluating(int(state.step)) as log, clock.on(EVALUATING):
+        with logger.evaluating(int(state.step)) as log, clock.on(EVALUATING):
             log(loop.validation.figures(int(state.step), state.params, loop.frozen))
     except stopping.Stopped:
         return False
@@ -245,11 +245,12 @@ def _prove_isolation(loop: Loop, feed: Feed, state: TrainState) -> None:
         print_line(f"{proven} ({said})" if proved.shared_rows else f"the first batch cannot prove masking: {said}")
 
 
-class Figures:
+class MetricsLogger:
     """Fetches a step's metrics when the next step is under way, and passes them to the trackers."""
 
-    def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, pulse: Pulse) -> None:
-        self._run, self._folder, self._first, self._replicas, self._pulse = loop.run, folder, first, replicas, pulse
+    def __init__(self, loop: Loop, folder: RunFolder, first: int, replicas: ReplicaCheck, heartbeat: Heartbeat) -> None:
+        self._run, self._folder, self._first = loop.run, folder, first
+        self._replicas, self._heartbeat = replicas, heartbeat
         self._callbacks = loop.callbacks
         self._pending: tuple[int, Metrics] | None = None
         shapes = parameter_shapes(loop.run.model)
@@ -266,7 +267,7 @@ class Figures:
         self._sizes = loop.data.batches.sizes
         self._since = first, time.monotonic()  # the last logged step, and when; evaluations are left out
         self._tracker = Several([])
-        self._pace = Pace(pulse, lambda text: self._tracker.message(text))
+        self._stragglers = StragglerMonitor(heartbeat, lambda text: self._tracker.message(text))
         self.diverged = ""  # why the run must stop
 
     @contextmanager
@@ -276,7 +277,7 @@ class Figures:
             lines = JsonLines(self._folder.metrics, self._first)
             session = Session(self._folder.sessions, self._first, self._facts)
             self._tracker = Several([Console(self._run.last_step, self._first), lines, session, *sinks])
-        self._pulse.begin(self._first)
+        self._heartbeat.begin(self._first)
         try:
             yield
         finally:
@@ -285,7 +286,7 @@ class Figures:
     def add(self, step: int, metrics: Metrics) -> None:
         self.flush()
         self._pending = step, metrics
-        if self._pace.several and self._logs(step):
+        if self._stragglers.several and self._logs(step):
             self.flush()  # with nothing under way, for the comparison of the processes
 
     @contextmanager
@@ -293,7 +294,7 @@ class Figures:
         """Yields what takes the figures of an evaluation, whose time does not count as training."""
         self.flush()
         begun = time.monotonic()
-        with self._pulse.busy(EVALUATING):
+        with self._heartbeat.busy(EVALUATING):
             yield partial(self._evaluated, step)
         self._since = self._since[0], self._since[1] + time.monotonic() - begun
 
@@ -307,19 +308,19 @@ class Figures:
             return
         step, metrics = self._pending
         self._pending = None
-        with self._pulse.waiting():
+        with self._heartbeat.waiting():
             fetched = jax.device_get(metrics)
-        self._pulse.beat(step)
+        self._heartbeat.beat(step)
         self._replicas.compare_gradients(step, fetched.pop("inspected", None))
         values: dict[str, Any] = {name: float(value) for name, value in fetched.items()}
-        why = diverged(self._run, int(values.pop("skipped_in_a_row")), values.get("loss_scale"))
+        why = diverged(self._run, int(values.pop("streak")), values.get("loss_scale"))
         self.diverged = self.diverged or why  # the step under way when it was found may be a good one
         values["skipped_steps"] = int(values["skipped_steps"])
         for callback in self._callbacks:
             callback.on_step(step, values)
         if self._logs(step):
-            values |= {"tokens": self._tokens(step), **self._speed(step), **self._pulse.metrics()}
-            self._tracker.log(step, values | self._pace.metrics(step))
+            values |= {"tokens": self._tokens(step), **self._speed(step), **self._heartbeat.metrics()}
+            self._tracker.log(step, values | self._stragglers.metrics(step))
 
     def _logs(self, step: int) -> bool:
         run = self._run
@@ -337,15 +338,15 @@ class Figures:
         return self._sizes.before(step) * self._run.sequence_length
 
 
-def diverged(run: Run, skipped_in_a_row: int, loss_scale: float | None) -> str:
+def diverged(run: Run, streak: int, loss_scale: float | None) -> str:
     """Why a run must not go on after so many steps that were skipped, in words, or "" where it may."""
     floor = run.precision.loss_scaling.floor
-    if skipped_in_a_row and loss_scale is not None and loss_scale <= floor:
+    if streak and loss_scale is not None and loss_scale <= floor:
         return (
             f"float16 overflowed although the loss scale has fallen to its floor, {floor:g}. Lower --optim.peak-lr "
             "or lengthen --optim.warmup-steps; or choose another --precision.compute, with a new --run-dir"
         )
-    if skipped_in_a_row >= run.max_bad_steps:
+    if streak >= run.max_bad_steps:
         return (
             f"{run.max_bad_steps} steps in a row had a loss, a gradient, a learning rate or updated parameters that "
             "are not finite, and changed no parameter. Lower --optim.peak-lr, lengthen --optim.warmup-steps, or "

@@ -50,7 +50,7 @@ class Program:
           UserError: an optimizer or schedule that cannot be, now and not when the step is traced.
         """
         learning_rate_of(self.run)
-        self.run.optim.direction()
+        self.run.optim.transformation()
         self.run.trainable.check(self.model.abstract_params())
         run = self.run
 

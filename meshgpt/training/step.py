@@ -51,7 +51,7 @@ def from_params(params: Tree, optim: Optimizer, precision: Precision = Precision
         return jnp.zeros((), jnp.int32)
 
     scale = LossScale.fresh(precision.loss_scaling) if precision.scales_loss else None
-    return TrainState(zero(), params, optim.direction().init(params), zero(), zero(), scale)
+    return TrainState(zero(), params, optim.transformation().init(params), zero(), zero(), scale)
 
 
 def make_train_step(
@@ -70,11 +70,11 @@ def make_train_step(
     gradients (sums over tokens) and the number of the step, from 1, is the metric `inspected`. Other metrics, scalars:
     `loss` (mean nats a token of the next-token loss; NaN where all weights are zero), `objective` (the mean of what is
     minimised, where that is more than this loss: with z-loss, or a teacher), `grad_norm` (before clipping),
-    `learning_rate`, `tokens` (weights summed), `skipped_steps`, `skipped_in_a_row`; with float16, `loss_scale` (of this
-    step).
+    `learning_rate`, `tokens` (weights summed), `skipped_steps` and the `streak` of them (`TrainState`); with float16,
+    `loss_scale` (of this step).
     """
     rate = learning_rate(optim, total_steps, extension)
-    direction = optim.direction()
+    transformation = optim.transformation()
 
     def train_step(state: TrainState, tokens: jax.Array, weights: jax.Array) -> tuple[TrainState, Metrics]:
         key, scale = _folded(dropout_key, state.step), state.loss_scale
@@ -92,23 +92,23 @@ def make_train_step(
         factor = clip / weight_or_1
         gradients = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = direction.update(gradients, state.opt_state, state.params, finite=finite)
+            updates, opt_state = transformation.update(gradients, state.opt_state, state.params, finite=finite)
         params = _updated(state.params, updates, lr, _folded(rounding_key, state.step))
         good = finite & _all_finite(params)
-        bad = (~good & ~empty).astype(jnp.int32)
+        skip = (~good & ~empty).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
             params=_where(good, params, state.params),
             opt_state=opt_state,
-            skipped=state.skipped + bad,
-            streak=jnp.where(good, 0, state.streak + bad),
+            skipped=state.skipped + skip,
+            streak=jnp.where(good, 0, state.streak + skip),
             loss_scale=scale and _where(empty, scale, scale.after(~overflowed, precision.loss_scaling)),
         )
         metrics = {"loss": total / weight, "grad_norm": norm, "learning_rate": lr, "tokens": weight}
         if isinstance(counted, Counted):
             metrics |= {"loss": counted.nats / weight, "objective": total / weight}
         metrics |= {"loss_scale": scale.value} if scale else {}
-        return new, metrics | inspected | {"skipped_steps": new.skipped, "skipped_in_a_row": new.streak}
+        return new, metrics | inspected | {"skipped_steps": new.skipped, "streak": new.streak}
 
     return train_step
 

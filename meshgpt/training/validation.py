@@ -175,11 +175,11 @@ def open_validation(program: Program, mesh: Mesh, folder: RunFolder, data: RunDa
     """
     run, evals = program.run, program.run.evals
     tokenizer = data.tokenizer()
-    others = processes.first_then_others(lambda: _opened(run, data), lambda: _opened(run, data))
+    others = processes.primary_first(lambda: _opened(run, data), lambda: _opened(run, data))
     questions = {files.stem(Path(path)): _questions(Path(path), evals, tokenizer, program) for path in evals.choices}
     if len(questions) < len(evals.choices):
         raise UserError(f"--evals.choices {', '.join(evals.choices)}: two files have one name; rename one")
-    tasks = processes.first_then_others(lambda: _tasks(evals), lambda: _tasks(evals)) if evals.tasks else None
+    tasks = processes.primary_first(lambda: _tasks(evals), lambda: _tasks(evals)) if evals.tasks else None
     both = sorted(questions.keys() & (tasks or {"tasks": {}})["tasks"].keys())
     if both:
         raise UserError(f"--evals.choices: a file and a task are called {both[0]}; rename the file")
