@@ -86,7 +86,7 @@ class Pod:
 
     def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
         with self.changed:
-            assert self.changed.wait_for(lambda: key in self.values, timeout=10), key
+            assert self.changed.wait_for(lambda: key in self.values, timeout=60), key
             return self.values[key]
 
     def key_value_delete(self, key: str) -> None:
@@ -106,4 +106,4 @@ class Pod:
 
         for number in range(self.processes):
             threading.Thread(target=one, args=(number,), daemon=True).start()
-        return [result.get(timeout=20) for result in results]
+        return [result.get(timeout=60) for result in results]

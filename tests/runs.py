@@ -111,7 +111,7 @@ class Workshop:
 
     def run(self, *arguments: object, devices: int = 1, module: str = "meshgpt.train", **popen: Any) -> Ended:
         process = self.start(*arguments, devices=devices, module=module, **popen)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         return Ended(process.returncode, out, err)
 
     @contextlib.contextmanager

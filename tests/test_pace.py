@@ -76,7 +76,7 @@ def test_process_0_hears_those_that_are_in_time(monkeypatch: pytest.MonkeyPatch)
     pod = Pod(monkeypatch, 3)
     pod.key_value_dir_get = lambda prefix: [item for item in list(pod.values.items()) if item[0].startswith(prefix)]
     pod.key_value_delete = lambda prefix: None
-    everyone = threading.Barrier(3, timeout=10)
+    everyone = threading.Barrier(3, timeout=60)
 
     def work(number: int) -> dict[int, str]:
         found = processes.gather_text("a", f"I am {number}", seconds=10)

@@ -156,7 +156,7 @@ def test_hostile_names_run_nothing(tmp_path):
 
 
 def get(server, path, host=None):
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
     connection.request("GET", path, headers={"Host": host} if host else {})
     answer = connection.getresponse()
     body = answer.read().decode()

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from meshgpt.distributed.supervisor import Layout, Patience, Supervisor
 from meshgpt.errors import UserError
 
 # A trainer of 10 steps of 20 ms that saves after each; `fault` is the body of a function of its number, life and step.
+# As in a real run none takes its first step before all have begun, from the same checkpoint.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -45,6 +45,9 @@ def fault(step):
 {fault}
 fault(0)
 first = int(saved.read_text()) if saved.exists() else 0
+(folder / f"began-{{life}}-{{number}}").touch()
+while len(list(folder.glob(f"began-{{life}}-*"))) < int(os.environ.get("MESHGPT_PROCESSES", 1)):
+    time.sleep(0.005)
 heartbeat.begin(first)
 for step in range(first + 1, 11):
     time.sleep(0.02)
@@ -56,7 +59,7 @@ for step in range(first + 1, 11):
         (folder / f"stopped-{{number}}").touch()
         break
 """
-QUICK = Patience(pause=0.01, poll=0.01, timeouts=HangTimeouts(seconds=1.0, start=20.0, busy=20.0), grace=5.0)
+QUICK = Patience(pause=0.01, poll=0.01, timeouts=HangTimeouts(seconds=2.0, start=60.0, busy=60.0), grace=5.0)
 
 
 class Launched:
@@ -96,7 +99,7 @@ def test_one_that_dies_takes_all_down_and_the_run_goes_on_from_what_is_saved(tmp
     launched = Launched(tmp_path, fault, lost=1)
     begun = time.monotonic()
     assert launched.supervisor.run() == 0
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 40  # the others were not waited for
     assert launched.begun == [(3, False), (3, True)]
     (restart,) = launched.restarts
     assert "process 2 was killed by SIGKILL" in restart["reason"]
@@ -114,10 +117,10 @@ def test_a_process_that_stops_stepping_is_ended_within_the_time_that_steps_teach
     launched = Launched(tmp_path, "if (life, step) == (0, 6 - number): time.sleep(3600)", processes=2)
     begun = time.monotonic()
     assert launched.supervisor.run() == 0
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60  # not an hour
     (restart,) = launched.restarts
     assert restart["reason"].startswith(
-        "process 1 hangs: no sign of life for 1 s while stepping after step 5; a step takes 0.0"
+        "process 1 hangs: no sign of life for 2 s while stepping after step 5; a step takes 0.0"
     )
 
 
@@ -160,8 +163,8 @@ def test_elastic_goes_on_with_fewer(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_all_end_saved(tmp_path: Path, number: int):
-    launched = Launched(tmp_path, "time.sleep(0.5)", processes=2)
-    threading.Timer(2.5, lambda: os.kill(os.getpid(), number)).start()
+    fault = f"if (number, step) == (0, 2): os.kill(os.getppid(), {int(number)})\ntime.sleep(0.5)"
+    launched = Launched(tmp_path, fault, processes=2)
     assert launched.supervisor.run() == 0
     assert {path.name for path in tmp_path.glob("stopped-*")} == {"stopped-0", "stopped-1"}
     assert not (tmp_path / "run" / "restarts.jsonl").exists()
@@ -181,8 +184,8 @@ def test_a_save_that_makes_progress_is_not_killed_after_its_grace(tmp_path: Path
 
 def test_one_that_ignores_the_signal_is_killed_after_its_grace(tmp_path: Path):
     patience = Patience(grace=0.3, poll=0.01)
-    launched = Launched(tmp_path, "while True: time.sleep(1)", processes=2, patience=patience)
-    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    fault = "if (number, step) == (0, 1): os.kill(os.getppid(), signal.SIGTERM)\nwhile step: time.sleep(1)"
+    launched = Launched(tmp_path, fault, processes=2, patience=patience)
     assert launched.supervisor.run() == 1
     assert "killed before they had saved" in launched.said[-1]
 

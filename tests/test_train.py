@@ -81,20 +81,20 @@ def test_equal_configurations_give_equal_bytes(workshop: Workshop, finished: Pat
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_one_never_interrupted(workshop: Workshop, tmp_path: Path):
-    """GPT-2 with dropout; three kills while training, three while a checkpoint is being written."""
+    """GPT-2 with dropout; two kills while training, two while a checkpoint is being written."""
     seed = int.from_bytes(os.urandom(4), "little")
     rng = random.Random(seed)
     flags = ("--steps", 60, "--checkpointing.every", 2, "--eval-every", 25)
     recipe, whole, run = workshop.recipe(tmp_path, "gpt2"), tmp_path / "whole", tmp_path / "killed"
     assert workshop.run(recipe, *flags, "--run-dir", whole).code == 0
     kills = []
-    for target, saving in zip(sorted(rng.sample(range(2, 55), 6)), [False, True] * 3, strict=True):
+    for target, saving in zip(sorted(rng.sample(range(2, 55), 4)), [False, True] * 2, strict=True):
         process = workshop.start(recipe, *flags, "--run-dir", run)
         if wait_for(functools.partial(reached, run, target, saving), process):
             process.kill()
         process.communicate()
         kills.append(process.returncode)
-    assert kills.count(-signal.SIGKILL) >= 4, (seed, kills)
+    assert kills.count(-signal.SIGKILL) >= 3, (seed, kills)
     ended = workshop.run(recipe, *flags, "--run-dir", run)
     assert ended.code == 0, (seed, ended)
     assert_same_end(run, whole, 60)
