@@ -181,7 +181,7 @@ def test_nothing_waits_for_the_digests_and_nothing_is_skipped(tmp_path: Path, mo
         checkpointer.wait()
         assert checkpointer.steps() == [3]
     assert len(lines) == 1
-    assert re.match(r"waited 1\.\d s for the checkpoint before 3", lines[0])
+    assert re.match(r"waited [1-9]\d*\.\d s for the checkpoint before 3", lines[0])
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path):
