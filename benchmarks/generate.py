@@ -59,7 +59,7 @@ def ours(model: Model, params: Tree) -> Contestant:
     generator = Generator(model, params)
 
     def call(prompts: list[list[int]], count: int) -> list[list[int]]:
-        found = generator.generate(prompts, Sampling(max_new_tokens=count, temperature=0), eot_id=None)
+        found = generator.generate(prompts, Sampling(max_new_tokens=count, temperature=0))
         return [samples[0] for samples in found]
 
     return call

@@ -157,12 +157,15 @@ class LanguageModel:
         """The parameters, a nested dict of arrays (docs/architecture.md names the leaves and their axes)."""
         return self._trained.params
 
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 64, **sampling: Any) -> list[str]:
+    def generate(
+        self, prompts: str | Sequence[str], max_new_tokens: int = 64, *, parse_special: bool = False, **sampling: Any
+    ) -> list[str]:
         """Continues texts.
 
         Args:
             prompts: one text or several; an empty one starts a new text.
             max_new_tokens: largest number of tokens that are drawn for each.
+            parse_special: special tokens written in the prompts, such as `<|im_start|>`, become their ids.
             sampling: the other fields of `meshgpt.inference.sampling.Sampling`: `temperature` (0 is greedy), `top_k`,
                 `top_p`, `seed`, `samples`.
 
@@ -177,7 +180,8 @@ class LanguageModel:
         wanted = Sampling(max_new_tokens=max_new_tokens, **sampling)
         with jax.set_mesh(self.mesh):
             found = self._generator.generate(
-                self.tokenizer.encode_batch(asked), wanted, eot_id=self.tokenizer.eot_id,
+                self.tokenizer.encode_batch(asked, parse_special=parse_special), wanted,
+                stop_ids=self.tokenizer.stop_ids, begin_id=self.tokenizer.prefix_id,
                 decodable=self.tokenizer.decodable,
             )  # fmt: skip
         return [self.tokenizer.decode(sample) for samples in found for sample in samples]

@@ -14,6 +14,7 @@ import transformers
 from flax import nnx
 
 from meshgpt import convert, trees
+from meshgpt.data.special_tokens import TokenizerFiles
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.models.gpt2 import GPT2, GPT2Config
 from meshgpt.models.gptj import GPTJ, GPTJConfig
@@ -32,7 +33,7 @@ class Words:
     """A small tokenizer, as far as an export knows one: the words w0, w1, ... are the ids."""
 
     def __init__(self, vocab_size: int = 50, eot_id: int = 49):
-        self.vocab_size, self.eot_id = vocab_size, eot_id
+        self.vocab_size, self.eot_id, self.prefix_id, self.stated = vocab_size, eot_id, eot_id, TokenizerFiles()
         self.decodable = np.ones(vocab_size, np.bool_)
         vocab = {f"w{i}": i for i in range(vocab_size)}
         self.backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))

@@ -102,9 +102,7 @@ def test_greedy_equals_transformers_with_the_others_suppressed(config: ModelConf
     peer = tiny.torch_peer(config)
     with jax.set_mesh(tiny.mesh()):
         sampling = Sampling(max_new_tokens=20, temperature=0)
-        found = Generator(tiny.model(config), tiny.params(config)).generate(
-            PROMPTS, sampling, eot_id=None, decodable=DECODABLE
-        )
+        found = Generator(tiny.model(config), tiny.params(config)).generate(PROMPTS, sampling, decodable=DECODABLE)
     for prompt, (ours,) in zip(PROMPTS, found, strict=True):
         row = torch.tensor([prompt])
         settings = {"do_sample": False, "max_new_tokens": len(ours), "eos_token_id": None, "pad_token_id": 0}
@@ -119,10 +117,10 @@ def test_no_other_id_is_drawn_first_or_from_the_cache(mesh: tuple[int, int, int]
         one = Generator(tiny.model(config), tiny.params(config))
         for settings in ({"temperature": 0.0}, {"temperature": 9.0}, {"top_k": 3}, {"top_p": 0.9, "top_k": 90}):
             sampling = Sampling(**({"max_new_tokens": 25, "samples": 4} | settings))
-            found = one.generate(PROMPTS, sampling, eot_id=None, decodable=DECODABLE)
+            found = one.generate(PROMPTS, sampling, decodable=DECODABLE)
             drawn = {token for samples in found for sample in samples for token in sample}
             assert not drawn & set(HIDDEN), settings
-        assert {token for (sample,) in one.generate(PROMPTS, Sampling(), eot_id=None) for token in sample} & set(HIDDEN)
+        assert {token for (sample,) in one.generate(PROMPTS, Sampling()) for token in sample} & set(HIDDEN)
 
 
 def test_the_program_and_its_draws_stay_where_every_id_is_decodable() -> None:
@@ -130,9 +128,9 @@ def test_the_program_and_its_draws_stay_where_every_id_is_decodable() -> None:
     sampling = Sampling(max_new_tokens=12, temperature=0.9, top_k=50, samples=2)
     with jax.set_mesh(tiny.mesh(2, 2, 2)):
         one = Generator(tiny.model(config), tiny.params(config))
-        before = one.generate(PROMPTS, sampling, eot_id=None)
+        before = one.generate(PROMPTS, sampling)
         compiled = module._prefill._cache_size(), module._decode._cache_size()
-        assert one.generate(PROMPTS, sampling, eot_id=None, decodable=np.ones(tiny.VOCAB, np.bool_)) == before
+        assert one.generate(PROMPTS, sampling, decodable=np.ones(tiny.VOCAB, np.bool_)) == before
         assert (module._prefill._cache_size(), module._decode._cache_size()) == compiled
 
 
@@ -163,7 +161,7 @@ def test_greedy_of_the_harness_is_the_likeliest_of_what_can_be_decoded(
     pairs = [("def decode", "(self, ids):\n"), ("self", ".text[ids]"), ("", "return")]
     with jax.set_mesh(tiny.mesh()):
         (draft,) = Generator(tiny.model(config), tiny.params(config, values)).generate(
-            [tokenizer.encode("def decode")], Sampling(max_new_tokens=1, temperature=0), eot_id=None,
+            [tokenizer.encode("def decode")], Sampling(max_new_tokens=1, temperature=0),
             decodable=tokenizer.decodable,
         )  # fmt: skip
     pairs.append(("def decode", tokenizer.decode(draft[0])))

@@ -55,7 +55,7 @@ def assert_likeliest(config: ModelConfig, prompts: list[list[int]], found: list[
 @MESHES
 def test_greedy_equals_the_forward_pass_without_a_cache(config, mesh) -> None:
     with jax.set_mesh(tiny.mesh(*mesh)):
-        found = generator(config).generate(PROMPTS, GREEDY, eot_id=None)
+        found = generator(config).generate(PROMPTS, GREEDY)
         assert [len(samples[0]) for samples in found] == [40, 40, 40, 9]
         assert all(samples[0] == samples[1] for samples in found)
         assert_likeliest(config, PROMPTS, found)
@@ -67,7 +67,7 @@ def test_the_cache_grows_on_the_way(monkeypatch) -> None:
     grow = module._grow
     monkeypatch.setattr(module, "_grow", lambda state, slots: grown.append(slots) or grow(state, slots))
     with jax.set_mesh(tiny.mesh()):
-        assert_likeliest(FAMILIES[1], PROMPTS[:3], generator(FAMILIES[1]).generate(PROMPTS[:3], GREEDY, eot_id=None))
+        assert_likeliest(FAMILIES[1], PROMPTS[:3], generator(FAMILIES[1]).generate(PROMPTS[:3], GREEDY))
     assert grown == [64]
 
 
@@ -75,7 +75,7 @@ def test_the_cache_grows_on_the_way(monkeypatch) -> None:
 def test_greedy_equals_transformers(config) -> None:
     peer = tiny.torch_peer(config)
     with jax.set_mesh(tiny.mesh()):
-        found = generator(config).generate(PROMPTS, GREEDY, eot_id=None)
+        found = generator(config).generate(PROMPTS, GREEDY)
     for prompt, (ours, _) in zip(PROMPTS, found, strict=True):
         row = torch.tensor([prompt])
         settings = {"do_sample": False, "max_new_tokens": len(ours), "eos_token_id": None, "pad_token_id": 0}
@@ -89,14 +89,14 @@ def test_samples_do_not_depend_on_mesh_or_batch() -> None:
     found = []
     for mesh in ((1, 1, 1), (2, 2, 2)):
         with jax.set_mesh(tiny.mesh(*mesh)):
-            found.append(generator(config).generate(PROMPTS, sampling, eot_id=None))
+            found.append(generator(config).generate(PROMPTS, sampling))
     assert found[0] == found[1]
     assert len({tuple(sample) for samples in found[0] for sample in samples}) == 8  # all of them different
     with jax.set_mesh(tiny.mesh()):
         one = generator(config)
 
         def first(**changes: float) -> list[int]:
-            return one.generate(PROMPTS[:1], dataclasses.replace(sampling, samples=1, **changes), eot_id=None)[0][0]
+            return one.generate(PROMPTS[:1], dataclasses.replace(sampling, samples=1, **changes))[0][0]
 
         assert first() == found[0][0][0]
         assert first(max_new_tokens=12)[:9] == first()
@@ -106,13 +106,13 @@ def test_samples_do_not_depend_on_mesh_or_batch() -> None:
 def test_stops_at_the_end_of_text_which_is_cut_off() -> None:
     with jax.set_mesh(tiny.mesh()):
         one = generator(FAMILIES[1])
-        free = [samples[0] for samples in one.generate(PROMPTS, GREEDY, eot_id=None)]
+        free = [samples[0] for samples in one.generate(PROMPTS, GREEDY)]
         eot = free[0][5]
-        ended = [samples[0] for samples in one.generate(PROMPTS, GREEDY, eot_id=eot)]
+        ended = [samples[0] for samples in one.generate(PROMPTS, GREEDY, stop_ids={eot}, begin_id=eot)]
         assert ended == [tokens[: tokens.index(eot)] if eot in tokens else tokens for tokens in free]
         assert len(ended[0]) <= 5
         first = free[0][0]
-        empty, same, at_once, _ = one.generate([[], [first], *PROMPTS[::3]], GREEDY, eot_id=first)
+        empty, same, at_once, _ = one.generate([[], [first], *PROMPTS[::3]], GREEDY, stop_ids={first}, begin_id=first)
         assert empty == same
         assert at_once == [[], []]
 
@@ -121,9 +121,9 @@ def test_a_row_that_has_enough_ends_early_and_no_other_does() -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=70, samples=1)
     with jax.set_mesh(tiny.mesh(2, 1, 2)):
         made = generator(FAMILIES[0])
-        whole = [samples[0] for samples in made.generate(PROMPTS[:3], long, eot_id=None)]
+        whole = [samples[0] for samples in made.generate(PROMPTS[:3], long)]
         assert len(set(map(tuple, whole))) == 3
-        cut = made.generate(PROMPTS[:3], long, eot_id=None, enough=lambda tokens: tokens[:20] == whole[0][:20])
+        cut = made.generate(PROMPTS[:3], long, enough=lambda tokens: tokens[:20] == whole[0][:20])
     assert [len(row[0]) for row in cut] == [1 + module.CHUNK, 63, 70]
     assert all(row[0] == full[: len(row[0])] for row, full in zip(cut, whole, strict=True))
 
@@ -132,10 +132,10 @@ def test_few_programs_are_compiled_and_the_cache_is_not_copied() -> None:
     config = FAMILIES[0]
     with jax.set_mesh(tiny.mesh()):
         one = generator(config)
-        one.generate([[5] * 2], Sampling(max_new_tokens=4), eot_id=None)
+        one.generate([[5] * 2], Sampling(max_new_tokens=4))
         before = module._prefill._cache_size(), module._decode._cache_size()
         for length, sampling in ((1, Sampling(temperature=0)), (11, Sampling(temperature=0.3, top_k=9, seed=8))):
-            one.generate([[5] * length], dataclasses.replace(sampling, max_new_tokens=4), eot_id=7)
+            one.generate([[5] * length], dataclasses.replace(sampling, max_new_tokens=4), stop_ids={7}, begin_id=7)
         assert (module._prefill._cache_size(), module._decode._cache_size()) == before
 
         sampling = dataclasses.replace(GREEDY, samples=1)
@@ -157,7 +157,7 @@ def test_matrices_are_held_in_the_compute_dtype_and_norms_are_not() -> None:
         assert len(ready.blocks) == 2
         assert not jax.tree.leaves(ready.decoder.blocks)
     with jax.set_mesh(tiny.mesh()):
-        found = generate(model, tiny.params(FAMILIES[0]), [[5, 2]], Sampling(max_new_tokens=7), eot_id=None)
+        found = generate(model, tiny.params(FAMILIES[0]), [[5, 2]], Sampling(max_new_tokens=7))
     assert len(found[0][0]) == 7
 
 
@@ -168,7 +168,14 @@ def test_text() -> None:
         params = tiny.params(config)
         texts = generate_text(tiny.model(config), params, tokenizer, ["a few", ""], Sampling(max_new_tokens=5))
         prompts = [tokenizer.encode("a few"), [tokenizer.eot_id]]
-        ids = generate(tiny.model(config), params, prompts, Sampling(max_new_tokens=5), eot_id=tokenizer.eot_id)
+        ids = generate(
+            tiny.model(config),
+            params,
+            prompts,
+            Sampling(max_new_tokens=5),
+            stop_ids={tokenizer.eot_id},
+            begin_id=tokenizer.eot_id,
+        )
     assert texts == [[tokenizer.decode(ids[0][0])], [tokenizer.decode(ids[1][0])]]
 
 
@@ -186,4 +193,4 @@ def test_refuses(prompts, message) -> None:
     with jax.set_mesh(tiny.mesh()):
         one = generator(FAMILIES[0])
         with pytest.raises(UserError, match=message):
-            one.generate(prompts, GREEDY, eot_id=None)
+            one.generate(prompts, GREEDY)

@@ -11,6 +11,7 @@ import transformers
 from hf_peers import GPT2_TINY, GPTJ_TINY, Words, live, our_logits, torch_logits
 
 from meshgpt import convert
+from meshgpt.data.special_tokens import TokenizerFiles
 from meshgpt.data.tokenizer import SentencePiece, train_bpe, train_sentencepiece
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
@@ -68,7 +69,7 @@ def test_sentencepiece_without_an_exact_equivalent_is_owned_up_to(text, tmp_path
         model_type="unigram",
         minloglevel=2,
     )
-    tokenizer = SentencePiece((tmp_path / "sp.model").read_bytes(), "test")
+    tokenizer = SentencePiece((tmp_path / "sp.model").read_bytes(), TokenizerFiles(), "test")
     verdict = exported(tokenizer, text, tmp_path / "out")
     assert "exported as tokenizer.model alone" in str(verdict)
     assert not (tmp_path / "out" / "tokenizer.json").exists()

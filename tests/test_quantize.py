@@ -278,12 +278,13 @@ from meshgpt.convert.bitsandbytes_write import BnbForm
 from meshgpt.convert.hf_names import stored_tensors
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.convert.safetensor import Writer, DTYPES
+from meshgpt.data.special_tokens import TokenizerFiles
 
 config = GPTJConfig(n_layers=6, n_heads=16, d_model=1024, vocab_size=8192)
 folder = Path(sys.argv[1])
 
 class Words:
-    vocab_size, eot_id = 8192, 0
+    vocab_size, eot_id, prefix_id, stated = 8192, 0, 0, TokenizerFiles()
     def save(self, folder): pass
 
 def contents():

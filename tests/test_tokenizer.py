@@ -152,7 +152,7 @@ def test_bad_files_are_named(tmp_path: Path, bpe: Tokenizer):
     content = (tmp_path / "saved" / "tokenizer.json").read_text().replace("endoftext", "renamed")
     (tmp_path / "saved" / "tokenizer.json").write_text(content)
     (tmp_path / "saved" / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with pytest.raises(UserError, match="has no token that ends a text"):
         load_tokenizer(tmp_path / "saved")
 
 

@@ -36,7 +36,10 @@ def test_transformers_continues_the_export_as_we_continue_the_run(run: Path):
         ids = trained.tokenizer.encode_batch(list(PROMPTS))
         eot = trained.tokenizer.eot_id
         sampling = Sampling(max_new_tokens=16, temperature=0.0)
-        ours = [samples[0] for samples in generate(trained.model, trained.params, ids, sampling, eot_id=eot)]
+        ours = [
+            samples[0]
+            for samples in generate(trained.model, trained.params, ids, sampling, stop_ids={eot}, begin_id=eot)
+        ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "export").eval()
     for prompt, encoded, tokens in zip(PROMPTS, ids, ours, strict=True):

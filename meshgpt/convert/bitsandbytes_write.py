@@ -18,11 +18,13 @@ import numpy as np
 from meshgpt import trees
 from meshgpt.convert import safetensor
 from meshgpt.convert.bitsandbytes_read import STATE
-from meshgpt.convert.hf_config import config_json, generation_config_json
+from meshgpt.convert.hf_config import config_json
 from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.convert.hf_read import load
-from meshgpt.convert.hf_write import SHARD_BYTES, Dtype, write_json
+from meshgpt.convert.hf_write import SHARD_BYTES, Dtype
+from meshgpt.convert.json_file import write_json
 from meshgpt.convert.tensors import INDEX, SINGLE
+from meshgpt.convert.tokenizer import save_files, special_ids
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models import bitsandbytes
@@ -106,10 +108,9 @@ class BnbForm:
                     check_finite(tensor, cast)
                     files.add(tensor.name, cast)
                 on_progress(done, count)
-        entries = config_json(config, tokenizer.eot_id, self.dtype) | {"quantization_config": self.config_entry()}
-        write_json(folder / "config.json", entries)
-        write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
-        tokenizer.save(folder)
+        entries = config_json(config, special_ids(tokenizer, config), self.dtype)
+        write_json(folder / "config.json", entries | {"quantization_config": self.config_entry()})
+        save_files(tokenizer, config, folder)
 
     def load(self, folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
         """The parameters, those that are quantized as weights of few bits."""

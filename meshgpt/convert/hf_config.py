@@ -5,6 +5,7 @@ Source: `GPT2Config` and `GPTJConfig` of transformers, whose defaults hold for w
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,11 @@ def _inner(fields: _Fields, width: int) -> int:
     return 4 * width if fields.entries.get("n_inner") is None else fields.whole("n_inner", 0)
 
 
-def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
-    """The entries of config.json for a model in `dtype` whose texts begin after and end with token `end`."""
+def config_json(config: ModelConfig, special_ids: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The entries of config.json for a model in `dtype`. special_ids: `bos_token_id`, `eos_token_id` and the like."""
     shared = {
         "activation_function": "gelu_new",
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **special_ids,
         "initializer_range": 0.02,
         "layer_norm_epsilon": config.layer_norm_eps,
         "n_ctx": config.n_positions,  # for llama.cpp's converter
@@ -162,8 +162,3 @@ def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
         "rotary_dim": config.rotary_dim,
         "tie_word_embeddings": False,
     }
-
-
-def generation_config_json(end: int) -> dict[str, Any]:
-    """The entries of generation_config.json."""
-    return {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}

@@ -13,15 +13,15 @@ from meshgpt import trees
 from meshgpt.convert import safetensor
 from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import live_tensors
-from meshgpt.convert.hf_config import ModelConfig, config_json, generation_config_json
+from meshgpt.convert.hf_config import ModelConfig, config_json
 from meshgpt.convert.hf_names import Stored, stored_tensors
+from meshgpt.convert.json_file import write_json
 from meshgpt.convert.tensors import INDEX, SINGLE
-from meshgpt.convert.tokenizer import save_tokenizer
+from meshgpt.convert.tokenizer import save_tokenizer, special_ids
 from meshgpt.convert.verify import Probe, Verdict, read_back
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed import processes
 from meshgpt.errors import UserError
-from meshgpt.settings import json_text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -76,9 +76,8 @@ def export(
         if first():
             if len(shards) > 1:
                 _write_index(folder, shards, total)
-            write_json(folder / "config.json", config_json(config, tokenizer.eot_id, dtype))
-            write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
-            notes = save_tokenizer(tokenizer, folder, probe.tokens_BT)
+            write_json(folder / "config.json", config_json(config, special_ids(tokenizer, config), dtype))
+            notes = save_tokenizer(tokenizer, config, folder, probe.tokens_BT)
         processes.meet()
         verdict = read_back(folder, params, config, probe, release=release)
         return dataclasses.replace(verdict, notes=notes)
@@ -132,8 +131,3 @@ def _write_tensors(
 def _write_index(folder: Path, shards: dict[str, list[Stored]], total: int) -> None:
     weight_map = {tensor.name: file for file, members in shards.items() for tensor in members}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def write_json(file: Path, contents: dict) -> None:
-    """`contents` as the JSON files beside a model are written."""
-    file.write_text(json_text(contents, indent=2, sort_keys=True) + "\n")

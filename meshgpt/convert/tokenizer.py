@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from meshgpt.convert.hf_names import ModelConfig
+from meshgpt.convert.json_file import write_json
+from meshgpt.data.special_tokens import GENERATION, check_carried
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 
@@ -14,8 +18,26 @@ _ONLY_SENTENCEPIECE = (
 )
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens_BT: np.ndarray) -> tuple[str, ...]:
-    """Saves `tokenizer` into `folder` and gives what has to be said about it.
+def special_ids(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """`bos_token_id`, `eos_token_id` and the like for config.json: as the tokenizer's source has them."""
+    return tokenizer.stated.model_ids(tokenizer.eot_id, tokenizer.prefix_id, config.vocab_size)
+
+
+def save_files(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
+    """Saves the tokenizer and generation_config.json beside a config.json, and holds them against their source.
+
+    Raises:
+      UserError: naming what the folder that the tokenizer came from states and `folder` does not.
+    """
+    tokenizer.save(folder)
+    write_json(folder / GENERATION, tokenizer.stated.generation(special_ids(tokenizer, config)))
+    source = tokenizer.stated.folder
+    if source is not None and source.is_dir():
+        check_carried(source, folder, config.vocab_size)
+
+
+def save_tokenizer(tokenizer: Tokenizer, config: ModelConfig, folder: Path, tokens_BT: np.ndarray) -> tuple[str, ...]:
+    """Saves `tokenizer` into `folder`, as `save_files` does, and gives what has to be said about it.
 
     Where there is a tokenizer.json (which is what transformers, vllm and llama.cpp read), it is opened again and has to
     give the live tokenizer's ids on the text of `tokens_BT`.
@@ -23,7 +45,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, tokens_BT: np.ndarray) ->
     Raises:
       UserError: naming the first text on which the ids differ.
     """
-    tokenizer.save(folder)
+    save_files(tokenizer, config, folder)
     if not (folder / "tokenizer.json").is_file():
         return (_ONLY_SENTENCEPIECE,)
     import tokenizers

@@ -64,7 +64,7 @@ class Answers:
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """ln p of each text, in windows side by side."""
         encoded = self._tokenizer.encode_batch([*texts])
-        cut = [list(windows(tokens, self._tokenizer.eot_id, self._scorer.context)) for tokens in encoded]
+        cut = [list(windows(tokens, self._tokenizer.prefix_id, self._scorer.context)) for tokens in encoded]
         scores = iter(self._scorer.score([window for each in cut for window in each], self._report, "documents"))
         return [sum(next(scores).log_likelihood for _ in each) for each in cut]
 
@@ -114,8 +114,8 @@ class Answers:
             top_k=settings.get("top_k", 0) if settings["do_sample"] else 0,
             top_p=settings.get("top_p", 1.0) if settings["do_sample"] else 1.0,
         )
-        tokenizer, eot_id = self._tokenizer, self._tokenizer.eot_id
-        stops = handle_stop_sequences(settings["until"], eos=tokenizer.decode([eot_id]))
+        tokenizer = self._tokenizer
+        stops = handle_stop_sequences(settings["until"], eos=tokenizer.decode([tokenizer.eot_id]))
 
         def enough(tokens: list[int]) -> bool:
             text = tokenizer.decode(tokens)
@@ -126,7 +126,12 @@ class Answers:
                 self._generator = Generator(self._scorer.model, self._scorer.params)
             cut = [prompt[-room:] for prompt in prompts]
             samples = self._generator.generate(
-                cut, sampling, eot_id=eot_id, decodable=tokenizer.decodable, enough=enough
+                cut,
+                sampling,
+                stop_ids=tokenizer.stop_ids,
+                begin_id=tokenizer.prefix_id,
+                decodable=tokenizer.decodable,
+                enough=enough,
             )
             return [postprocess_generated_text(tokenizer.decode(tokens), stops, None) for (tokens,) in samples]
 

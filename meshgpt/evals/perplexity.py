@@ -99,7 +99,8 @@ def measure(
       UserError: a stride that the context does not hold.
     """
     cut = [
-        list(windows(tokens, tokenizer.eot_id, scorer.context, stride)) for tokens in tokenizer.encode_batch([*texts])
+        list(windows(tokens, tokenizer.prefix_id, scorer.context, stride))
+        for tokens in tokenizer.encode_batch([*texts])
     ]
     requests = [window for document in cut for window in document]
     scores = scorer.score(requests, report, "perplexity")

@@ -23,7 +23,7 @@ def pair_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> lis
     """One request for each (context, continuation), the continuation to be scored.
 
     Spaces at the end of a context count as the beginning of the continuation. The continuation's tokens are those of
-    the whole text without as many as the context has alone. An empty context is the end of text.
+    the whole text without as many as the context has alone. An empty context is the token that begins a text.
     """
     moved = [_without_trailing_space(context, continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved))
@@ -33,7 +33,7 @@ def pair_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> lis
     for (context, _), tokens in zip(moved, whole, strict=True):
         given = encoded[context]
         rest = tokens[len(given) :]
-        requests.append(Request((given if context else [tokenizer.eot_id]) + rest, len(rest)))
+        requests.append(Request((given if context else [tokenizer.prefix_id]) + rest, len(rest)))
     return requests
 
 

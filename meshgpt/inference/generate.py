@@ -6,7 +6,7 @@ V padded vocabulary, C tokens of one decode call.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -45,14 +45,14 @@ class _Ready:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What stays the same of each row: its prompt and sample (indices), prompt length, most tokens to draw, and the id
-    that ends it (-1 where none does)."""
+    """What stays the same of each row: its prompt and sample (indices), prompt length, most tokens to draw, and the ids
+    that end it, (R, E), -1 for none."""
 
     prompt_R: jax.Array
     sample_R: jax.Array
     length_R: jax.Array
     limit_R: jax.Array
-    eot_R: jax.Array
+    stop_RE: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -72,29 +72,41 @@ def generate(
     prompts: list[list[int]],
     sampling: Sampling,
     *,
-    eot_id: int | None,
+    stop_ids: Collection[int] = (),
+    begin_id: int | None = None,
     decodable: np.ndarray | None = None,
 ) -> list[list[list[int]]]:
-    """New token ids of each sample of each prompt, without the end-of-text id that ended them.
+    """New token ids of each sample of each prompt, without the id that ended them.
 
-    Needs a mesh set. An empty prompt begins with the end of text. For several calls make one `Generator`.
+    Needs a mesh set. For several calls make one `Generator`.
 
     Args:
+      stop_ids: a sample ends at the first of these; none ends it before `max_new_tokens` where there are none.
+      begin_id: what an empty prompt begins with.
       decodable: the tokenizer's: no other id is drawn, where the model has more. None draws any of the model's.
 
     Raises:
       UserError: no prompts, an id the model does not know, a prompt that leaves no room in the context.
     """
-    return Generator(model, params).generate(prompts, sampling, eot_id=eot_id, decodable=decodable)
+    return Generator(model, params).generate(
+        prompts, sampling, stop_ids=stop_ids, begin_id=begin_id, decodable=decodable
+    )
 
 
 def generate_text(
-    model: Model, params: Tree, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling
+    model: Model,
+    params: Tree,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+    *,
+    parse_special: bool = False,
 ) -> list[list[str]]:
-    """The continuations (without their prompts) of each prompt."""
+    """The continuations (without their prompts) of each prompt. parse_special: as in `Tokenizer.encode_batch`."""
     ids = generate(
-        model, params, tokenizer.encode_batch(prompts), sampling, eot_id=tokenizer.eot_id, decodable=tokenizer.decodable
-    )
+        model, params, tokenizer.encode_batch(prompts, parse_special=parse_special), sampling,
+        stop_ids=tokenizer.stop_ids, begin_id=tokenizer.prefix_id, decodable=tokenizer.decodable,
+    )  # fmt: skip
     return [[tokenizer.decode(sample) for sample in samples] for samples in ids]
 
 
@@ -114,17 +126,18 @@ class Generator:
         prompts: list[list[int]],
         sampling: Sampling,
         *,
-        eot_id: int | None,
+        stop_ids: Collection[int] = (),
+        begin_id: int | None = None,
         decodable: np.ndarray | None = None,
         enough: Callable[[list[int]], bool] | None = None,
     ) -> list[list[list[int]]]:
         """See the function `generate`. `enough` tells of a sample's tokens so far whether they are all that is wanted;
         it is asked every `CHUNK` tokens, so that what comes back may be longer."""
         shape = self._model.config
-        prompts = _checked(prompts, shape.vocab_size, shape.n_positions, eot_id)
+        prompts = _checked(prompts, shape.vocab_size, shape.n_positions, begin_id)
         longest = max(map(len, prompts))
         shards = batch_shards()
-        rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, eot_id)
+        rows, done_R = _rows(prompts, sampling, shape.n_positions, shards, stop_ids)
         last = longest + int(fetch(rows.limit_R).max())
         slots = _slots(longest + 1, last, shape.n_positions)
         knobs, allowed_V = Knobs.of(sampling), drawable(decodable, shape.vocab_size, shape.padded_vocab)
@@ -141,16 +154,16 @@ class Generator:
             found.append(fetch(out_RC)[:, :steps])
             if enough is not None:
                 state = _end(state, _ended(np.concatenate(found, 1), state, enough))
-        return _collected(np.concatenate(found, 1), fetch(state.drawn_R), len(prompts), sampling.samples, eot_id)
+        return _collected(np.concatenate(found, 1), fetch(state.drawn_R), len(prompts), sampling.samples, stop_ids)
 
 
-def _checked(prompts: list[list[int]], vocab_size: int, n_positions: int, eot_id: int | None) -> list[list[int]]:
+def _checked(prompts: list[list[int]], vocab_size: int, n_positions: int, begin_id: int | None) -> list[list[int]]:
     if not prompts:
-        raise UserError("there is no prompt: give at least one (an empty one begins with the end of text)")
-    if eot_id is None and not all(prompts):
-        raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} is empty and there is no end-of-text id to "
-                        "begin with: give it a token")  # fmt: skip
-    filled = [list(prompt) or [eot_id or 0] for prompt in prompts]
+        raise UserError("there is no prompt: give at least one (an empty one starts a new text)")
+    if begin_id is None and not all(prompts):
+        raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} is empty and there is no id that texts begin with: "
+                        "give it a token")  # fmt: skip
+    filled = [list(prompt) or [begin_id or 0] for prompt in prompts]
     for index, prompt in enumerate(filled):
         wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if wrong is not None:
@@ -189,7 +202,7 @@ def _padded(prompts: list[list[int]], length: int, shards: int) -> tuple[np.ndar
 
 
 def _rows(
-    prompts: list[list[int]], sampling: Sampling, n_positions: int, shards: int, eot_id: int | None
+    prompts: list[list[int]], sampling: Sampling, n_positions: int, shards: int, stop_ids: Collection[int]
 ) -> tuple[_Rows, np.ndarray]:
     """The rows, and which of them are done before they begin: the padding."""
     real = len(prompts) * sampling.samples
@@ -197,17 +210,17 @@ def _rows(
     prompt_R = np.pad(np.arange(real) // sampling.samples, (0, count - real))
     length_R = np.array([len(prompt) for prompt in prompts])[prompt_R]
     limit_R = np.minimum(sampling.max_new_tokens, n_positions - length_R)
-    sample_R, eot_R = np.arange(count) % sampling.samples, np.full(count, -1 if eot_id is None else eot_id)
-    rows = _Rows(*(jnp.asarray(a, jnp.int32) for a in (prompt_R, sample_R, length_R, limit_R, eot_R)))
+    sample_R, stop_RE = np.arange(count) % sampling.samples, np.tile(sorted(stop_ids) or [-1], (count, 1))
+    rows = _Rows(*(jnp.asarray(a, jnp.int32) for a in (prompt_R, sample_R, length_R, limit_R, stop_RE)))
     return rows, np.arange(count) >= real
 
 
 def _collected(
-    tokens_RC: np.ndarray, drawn_R: np.ndarray, prompts: int, samples: int, eot_id: int | None
+    tokens_RC: np.ndarray, drawn_R: np.ndarray, prompts: int, samples: int, stop_ids: Collection[int]
 ) -> list[list[list[int]]]:
     def one(row: int) -> list[int]:
         tokens = tokens_RC[row, : drawn_R[row]].tolist()
-        return tokens[:-1] if tokens[-1] == eot_id else tokens
+        return tokens[:-1] if tokens[-1] in stop_ids else tokens
 
     return [[one(prompt * samples + sample) for sample in range(samples)] for prompt in range(prompts)]
 
@@ -319,7 +332,7 @@ def _decode(
 
 
 def _on_mesh(rows: _Rows) -> _Rows:
-    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, spec("batch")), rows)
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, spec("batch _" if leaf.ndim == 2 else "batch")), rows)
 
 
 def _drawn(
@@ -335,5 +348,5 @@ def _drawn(
     )(logits_RV, rows.prompt_R, rows.sample_R, state.drawn_R, knobs)
     token_R = jnp.where(state.done_R, state.token_R, token_R)
     drawn_R = jnp.where(state.done_R, state.drawn_R, state.drawn_R + 1)
-    done_R = state.done_R | (token_R == rows.eot_R) | (drawn_R >= rows.limit_R)
+    done_R = state.done_R | jnp.any(token_R[:, None] == rows.stop_RE, -1) | (drawn_R >= rows.limit_R)
     return token_R[:, None], _State(token_R, drawn_R, done_R, state.caches)

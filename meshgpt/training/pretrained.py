@@ -18,6 +18,7 @@ from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import Checkpointer, Checkpointing, completed_steps, latest_step, restore_params
 from meshgpt.config import Run, from_json, to_json
 from meshgpt.convert import hub
+from meshgpt.data.special_tokens import check_carried
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.data.tokenizer_difference import difference
 from meshgpt.errors import UserError
@@ -57,6 +58,7 @@ def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float,
             checkpoints.save(opened.step, {"params": params}, record)
         if opened.tokenizer is not None:
             load_tokenizer(opened.tokenizer).save(partial / "tokenizer")
+            check_carried(opened.tokenizer, partial / "tokenizer")
         write_atomically(partial / RECORD, json_text(record, indent=2) + "\n")
         rename_folder(partial, out)
     finally:
