@@ -139,7 +139,7 @@ def test_few_programs_are_compiled_and_the_cache_is_not_copied() -> None:
         assert (module._prefill._cache_size(), module._decode._cache_size()) == before
 
         sampling = dataclasses.replace(GREEDY, samples=1)
-        rows, done_R = module._rows([[1]], sampling, config.n_positions, 1, None)
+        rows, done_R = module._rows([[1]], sampling, config.n_positions, 1, ())
         tokens_PT, lengths_P = module._padded([[1]], 16, 1)
         knobs = module.Knobs.of(sampling)
         _, state = module._prefill(one._ready, tokens_PT, lengths_P, rows, done_R, knobs, 16)
@@ -183,7 +183,7 @@ def test_text() -> None:
     ("prompts", "message"),
     [
         ([], "there is no prompt"),
-        ([[1], []], "prompt 1 is empty and there is no end-of-text id"),
+        ([[1], []], "prompt 1 is empty and there is no id that texts begin with"),
         ([[1], [5, 97]], "prompt 1 has the token id 97, and the model knows 0 to 96"),
         ([[-1]], "the token id -1"),
         ([[1] * 80], "prompt 0 has 80 tokens, and the model's context is 80: cut it to at most 79"),

@@ -10,7 +10,6 @@ Source: `convert_hf_to_gguf.py` (class GPT2Model) and `src/models/gpt2.cpp` of l
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,11 @@ import numpy as np
 
 from meshgpt import trees
 from meshgpt.convert.bitsandbytes_write import Contents, check_finite
+from meshgpt.convert.gguf_tokenizer import add_tokenizer, check_tokenizer
 from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
 from meshgpt.convert.hf_read import place
 from meshgpt.convert.tensors import Tensors
-from meshgpt.data.tokenizer import ByteLevelBPE, Tokenizer
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models.gpt2 import GPT2Config
 
@@ -101,8 +101,7 @@ def _check(config: ModelConfig, tokenizer: Tokenizer, kind: GgufKind) -> None:
             f"--format gguf-{kind}: llama.cpp has no GPT-J (it knows the name and no implementation); "
             "nf4, fp4 and int8 are for GPT-J"
         )
-    if not isinstance(tokenizer, ByteLevelBPE):
-        raise UserError(f"--format gguf-{kind}: its GPT-2 needs a byte-level BPE tokenizer, and this is sentencepiece")
+    check_tokenizer(tokenizer, f"--format gguf-{kind}")
     for tensor in stored_tensors(config):
         if _type(tensor, kind) != "F32" and _rows(tensor)[1] % _BLOCK:
             raise UserError(
@@ -124,7 +123,7 @@ def _write(
     tensors = stored_tensors(config)
     writer = gguf.GGUFWriter(file, "gpt2")
     _add_settings(gguf, writer, config, kind)
-    _add_tokenizer(gguf, writer, tokenizer, config.vocab_size)
+    add_tokenizer(gguf, writer, tokenizer, config.vocab_size)
     for tensor in tensors:
         dtype = gguf.GGMLQuantizationType[_type(tensor, kind)]
         shape = gguf.quant_shape_to_byte_shape(_rows(tensor), dtype)
@@ -200,27 +199,6 @@ def _add_settings(gguf: Any, writer: Any, config: GPT2Config, kind: GgufKind) ->
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_file_type(file_types[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _add_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer, rows: int) -> None:
-    """The vocabulary, merges and special ids; rows of the embedding that no id uses are padding, as llama.cpp asks."""
-    assert isinstance(tokenizer, ByteLevelBPE), "checked"
-    described = json.loads(tokenizer.to_json())
-    special = {token["id"] for token in described["added_tokens"] if token["special"]}
-    words = described["model"]["vocab"] | {token["content"]: token["id"] for token in described["added_tokens"]}
-    by_id = {index: word for word, index in words.items()}
-    kinds = [
-        (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL) if i in by_id else gguf.TokenType.UNUSED
-        for i in range(rows)
-    ]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([by_id.get(i, f"[PAD{i}]") for i in range(rows)])
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.eot_id)
-    writer.add_eos_token_id(tokenizer.eot_id)
 
 
 def _package() -> Any:

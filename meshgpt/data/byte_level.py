@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @final
 class ByteLevelBPE(Tokenizer):
-    """A tokenizer of the `tokenizers` library, such as GPT-2's byte-level BPE (Radford et al. 2019, section 2.2)."""
+    """A tokenizer of the `tokenizers` library, such as GPT-2's byte-level BPE (Radford et al. 2019, section 2.2).
+
+    Attributes:
+        special_ids: the ids that text does not become unless that is asked for.
+    """
 
     def __init__(self, backend: "tokenizers.Tokenizer", stated: TokenizerFiles, source: str):
         backend.no_padding()
@@ -37,6 +41,7 @@ class ByteLevelBPE(Tokenizer):
         self._unk_id = described["model"].get("unk_id") if unknown is None else backend.token_to_id(unknown)
         self._settle(stated, backend.token_to_id(END_OF_TEXT), source)
         special = self._specials()
+        self.special_ids = frozenset(special.values())
         self._whole = _made(described["model"], special)
         self._keeps_all = _keeps_all(described)
         self._plain = _with_special(backend, special, parse=False)

@@ -161,8 +161,10 @@ def _checked(prompts: list[list[int]], vocab_size: int, n_positions: int, begin_
     if not prompts:
         raise UserError("there is no prompt: give at least one (an empty one starts a new text)")
     if begin_id is None and not all(prompts):
-        raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} is empty and there is no id that texts begin with: "
-                        "give it a token")  # fmt: skip
+        raise UserError(
+            f"prompt {[bool(p) for p in prompts].index(False)} is empty and there is no id that texts begin with: "
+            "give it a token"
+        )
     filled = [list(prompt) or [begin_id or 0] for prompt in prompts]
     for index, prompt in enumerate(filled):
         wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
