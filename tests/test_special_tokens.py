@@ -54,12 +54,13 @@ def bpe(*added: str, special: bool = True) -> tokenizers.Tokenizer:
     return backend
 
 
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 STATES: dict[str, dict[str, Any]] = {
     "special_tokens_map alone": {"tokenizer_config": FAST, "special_tokens_map": {"eos_token": "</s>"}},
     "null in the config": {"tokenizer_config": FAST | {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}},
-    "as an object": {"tokenizer_config": FAST | {"eos_token": {"content": "</s>", "lstrip": False, "rstrip": False,
-                                                               "normalized": False, "single_word": False}}},
+    "as objects": {"tokenizer_config": FAST | {"bos_token": {"__type": "AddedToken", "content": "cat", **PLAIN}},
+                   "special_tokens_map": {"eos_token": {"content": "</s>", **PLAIN}}},
     "the map before the config": {"tokenizer_config": FAST | {"eos_token": "cat"},
                                   "special_tokens_map": {"eos_token": "</s>", "bos_token": "the"}},
     "the config before the map": {"tokenizer_config": FAST | {"eos_token": "</s>", "added_tokens_decoder": {}},
@@ -146,7 +147,7 @@ def model_of(folder: Path, **settings: Any) -> bytes:
     model = io.BytesIO()
     sp.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in TEXT for line in text.splitlines()]), model_writer=model,
-        vocab_size=60, minloglevel=2, hard_vocab_limit=False, **settings,
+        vocab_size=330, minloglevel=2, hard_vocab_limit=False, **settings,
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
@@ -186,8 +187,10 @@ def unigram() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
-    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>",
-                                      initial_alphabet=list("abcdefghijklmnopqrstuvwxyz<>/|_ "), show_progress=False)  # fmt: skip
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>",
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz<>/|_ "), show_progress=False,
+    )  # fmt: skip
     backend.train_from_iterator(TEXT, trainer)
     described = json.loads(backend.to_str())
     described["added_tokens"] = []  # the model alone finds them now
@@ -292,7 +295,10 @@ def test_a_long_document_has_no_seams(kind: str, tmp_path_factory: pytest.TempPa
             rest, begun = rest[cut:], True
         whole = tokenizer.decode(tokenizer.encode(text))
         assert tokenizer.decode(ids) == whole
-        assert whole == (" " + text.removeprefix(" ") if kind == "add_prefix_space" else text)
+        if kind == "add_prefix_space":
+            assert whole == " " + text.removeprefix(" ")
+        elif kind != "Metaspace" or not text.startswith(" "):  # it takes a space in front for the one it puts there
+            assert whole == text
 
     comes_back()
     if kind == "Prepend":
