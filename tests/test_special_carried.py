@@ -111,7 +111,7 @@ def test_a_chat_model_stops_where_transformers_does_and_keeps_doing_so(
         assert lm.tokenizer.stop_ids == stops
         assert lm.generate(PROMPTS, 12, temperature=0) == expected
     # An empty prompt begins as the folder says, and a marker in a prompt is text unless that is asked for.
-    assert lm.generate("", 4, temperature=0) == lm.generate("<|im_start|>", 4, temperature=0)
+    assert lm.generate("", 4, temperature=0) == lm.generate("<|im_start|>", 4, temperature=0, parse_special=True)
     asked = [lm.generate("<|im_end|>", 4, temperature=0, parse_special=parse) for parse in (False, True)]
     plain = tokenizer.decode(greedy(model, tokenizer, "<|im_end|>", None)[:4])
     assert plain.startswith(asked[1][0])

@@ -166,6 +166,11 @@ def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Score
     found: Results = {"results": {}}
     for name, texts in wanted.perplexity.items():
         measured = perplexity.measure(scorer, trained.tokenizer, texts, report, stride=asked.stride)
+        if measured.lost:
+            print(
+                f"{name}: the tokenizer loses {measured.lost:,} characters, which nothing predicts: perplexity by word "
+                "and byte and bits per byte look better than they are"
+            )
         found = results.merged(found, results.of_perplexity(name, measured, wanted.whole[name]))
     for name, questions in wanted.choices.items():
         answered = choices.choose(scorer, trained.tokenizer, questions, report)

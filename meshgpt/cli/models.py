@@ -12,6 +12,7 @@ import tyro
 from meshgpt import convert, flags, runtime
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
+from meshgpt.data.store import Store
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
@@ -38,7 +39,32 @@ def prepare(arguments: Sequence[str]) -> None:
         print("\n  ".join([f"{counts['bad_records']:,} bad records were skipped; the first:", *counts["first_bad"]]))
     if counts["duplicates"]:
         print(f"{counts['duplicates']:,} duplicates dropped, {counts['duplicate_bytes']:,} bytes")
+    print(*[f"{line}\n" for line in _losses(store, request.vocab_size)], sep="", end="")
     print(f"{store.folder} is ready: train on it with --data.store {store.folder}")
+
+
+def _losses(store: Store, asked: int | None) -> list[str]:
+    """What of the text the tokens do not hold, in words."""
+    counts, lines = store.index["counts"], []
+    if counts["replaced"]:
+        lines.append(
+            f"{counts['replaced']:,} bytes in {counts['replaced_documents']:,} documents were not UTF-8 and became "
+            "U+FFFD: name what the files are written in with --encoding, or skip such documents with "
+            "--on-invalid-utf8 error --bad-records skip"
+        )
+    if counts.get("lossy_documents"):
+        lines.append(
+            f"the tokenizer loses {counts['lost_characters']:,} characters of {counts['lossy_documents']:,} documents "
+            f"and has {counts['unknown_tokens']:,} unknown tokens for them: decoding does not give the text back"
+        )
+    if counts.get("lossy_held_out"):
+        lines.append("bits per byte will not be given for the held-out text, of which some is lost")
+    if asked is not None and store.vocab_size < asked:
+        lines.append(
+            f"the tokenizer has {store.vocab_size:,} ids, not {asked:,}: the text that it was trained on has no more "
+            "pairs that occur twice. Give more text, or a larger --tokenizer-bytes"
+        )
+    return lines
 
 
 @settings()
@@ -49,6 +75,8 @@ class GenerateArguments:
     """A run's folder, or a Hugging Face folder."""
     prompt: tuple[str, ...] = ("",)
     """Texts to continue, all of them together; an empty one starts a new text."""
+    parse_special: bool = False
+    """Take special tokens written in a prompt, such as `<|im_start|>`, for their ids; otherwise they are text."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = Sampling()
     """How new tokens are drawn."""
     precision: Precision = Precision()
@@ -65,7 +93,10 @@ def generate(arguments: Sequence[str]) -> None:
     runtime.start()
     with jax.set_mesh(make_mesh(asked.mesh)):
         trained = open_trained(asked.source, asked.precision, print, asked.step)
-        texts = generate_text(trained.model, trained.params, trained.tokenizer, list(asked.prompt), asked.sampling)
+        texts = generate_text(
+            trained.model, trained.params, trained.tokenizer, list(asked.prompt), asked.sampling,
+            parse_special=asked.parse_special,
+        )  # fmt: skip
     for prompt, several in zip(asked.prompt, texts, strict=True):
         for text in several:
             print(f"{prompt}{text}")

@@ -100,12 +100,14 @@ class Rules:
         on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or hold it for a bad record.
         bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
+        parse_special: special tokens that are written in a text become their ids.
     """
 
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     bad_records: Literal["error", "skip"]
     val_fraction: float
+    parse_special: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

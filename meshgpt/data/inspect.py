@@ -66,6 +66,11 @@ def as_text(store: Store, looks: Sequence[Look]) -> str:
         f"unknown bytes: {counts['replaced']:,} replaced ({unknown:.4%}), in {counts['replaced_documents']:,} "
         f"documents; bad records skipped: {counts['bad_records']:,}; duplicates dropped: {counts['duplicates']:,}"
     )
+    if counts.get("lossy_documents"):
+        lines.append(
+            f"lost by the tokenizer: {counts['lost_characters']:,} characters, with {counts['unknown_tokens']:,} "
+            f"unknown tokens, in {counts['lossy_documents']:,} documents"
+        )
     lines += [f"  bad: {message}" for message in counts["first_bad"]]
     for one in looks:
         split = one.split

@@ -158,6 +158,11 @@ class EvalBatches:
         """Of the text as UTF-8."""
         return sum(split.num_bytes for split in self.splits)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens hold all of the text; otherwise bits per byte would look better than they are."""
+        return all(split.lossless for split in self.splits)
+
     def bytes_of(self, tokens: int) -> float:
         """Bytes of the first so many tokens' text; within a document by its share of tokens."""
         found = 0.0

@@ -4,6 +4,7 @@ Memory is bounded by the workers, not by the text. Any kill leaves what was comm
 from there; the store is the same, byte for byte, whatever was interrupted and however many workers there were.
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -33,6 +34,7 @@ Progress = Callable[[str, int, int | None], None]
 REQUEST = "request.json"
 _LOCK = "prepare.lock"
 _COMMIT_SECONDS = 2.0
+_LATER = ("parse_special",)
 TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
 
 
@@ -71,6 +73,8 @@ class Prepare:
     few."""
     max_bad_records: int = 0
     """Number of bad records after which skipping stops all the same; 0 sets no limit."""
+    parse_special: bool = False
+    """Take special tokens written in the texts, such as `<|endoftext|>`, for their ids; otherwise they are text."""
     deduplicate: bool = False
     """Drop documents that are equal to an earlier one, byte for byte, at about 100 bytes of memory for each
     document."""
@@ -110,6 +114,7 @@ class Prepare:
             on_invalid_utf8=self.on_invalid_utf8,
             bad_records=self.bad_records,
             val_fraction=self.val_fraction,
+            parse_special=self.parse_special,
         )
 
     @property
@@ -222,9 +227,16 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     settings = asdict(config)
     for name in ("out", "workers", "overwrite", "tokenizer"):
         del settings[name]
-    settings["tokenizer"] = None if config.tokenizer is None else load_tokenizer(config.tokenizer).fingerprint
+    for field in dataclasses.fields(config):  # requests of before these settings do not have them
+        if field.name in _LATER and settings[field.name] == field.default:
+            del settings[field.name]
+    settings["tokenizer"] = None if config.tokenizer is None else _identity(load_tokenizer(config.tokenizer))
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
     return json.loads(json_text(settings))
+
+
+def _identity(tokenizer: Tokenizer) -> str:
+    return ", ".join(filter(None, [tokenizer.fingerprint, tokenizer.ending]))
 
 
 def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
@@ -274,7 +286,7 @@ def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -
     """About `tokenizer_bytes` of the text, in blocks spread evenly over it, without held-out documents."""
     total = sum(one.input.size for one in inputs)
     share = min(1.0, config.tokenizer_bytes / max(1, total))
-    taken = 0.0
+    taken, left = 1.0 - share, config.tokenizer_bytes  # the first block in any case
     for read in read_blocks(inputs, config.reading):
         progress("training the tokenizer", read.size_read, total)
         taken += share
@@ -283,7 +295,10 @@ def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -
         taken -= 1.0
         for document in documents(read.block, config.rules, []):
             if not document.held_out:
-                yield document.text
+                yield document.text[:left]  # of a source of unknown size all blocks are taken, until it is enough
+                left -= len(document.text.encode())
+        if left <= 0:
+            return
 
 
 @contextmanager

@@ -46,9 +46,13 @@ class Split:
         num_bytes: of their text as UTF-8.
         gzip_bytes: what ``gzip -9`` makes of the first
         gzip_of: bytes of the text (val only, else None).
+        lossless: whether decoding the tokens gives the text back, as far as `prepare` looked (val only, else True).
     """
 
-    def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype, shard_tokens: int, eot_id: int):
+    def __init__(
+        self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype, shard_tokens: int, eot_id: int,
+        lossless: bool = True,
+    ):  # fmt: skip
         self.folder = folder
         self.name = name
         self.num_tokens: int = entry["num_tokens"]
@@ -57,6 +61,7 @@ class Split:
         self.gzip_bytes: int | None = entry.get("gzip_bytes")
         self.gzip_of: int | None = entry.get("gzip_of")
         self.eot_id = eot_id
+        self.lossless = lossless
         self.shards = tuple(
             Shard(path=inside(folder, shard["file"]), num_tokens=shard["num_tokens"], sha256=shard["sha256"])
             for shard in entry["shards"]
@@ -165,10 +170,14 @@ class Store:
         self.eot_id: int = index["eot_id"]
         self.fingerprint: str = index["tokenizer"]["fingerprint"]
         dtype = np.dtype(index["dtype"]).newbyteorder("<")
+        lossless = not index["counts"].get("lossy_held_out", 0)
         self._splits = {
-            name: Split(folder, name, index["splits"][name], dtype, index["shard_tokens"], self.eot_id)
+            name: Split(
+                folder, name, index["splits"][name], dtype, index["shard_tokens"], self.eot_id,
+                lossless=lossless or name != "val",
+            )
             for name in SPLITS
-        }
+        }  # fmt: skip
 
     @staticmethod
     def open(folder: str | Path) -> "Store":
@@ -227,7 +236,7 @@ class Store:
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
     """The digests of a tokenizer's files, by name."""
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -44,6 +44,26 @@ class SplitPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a tokenizer does not give back of documents.
+
+    Attributes:
+        unknown: unknown tokens.
+        characters: how many do not come back when the tokens are decoded.
+        documents: how many (parts of) documents lose some of them or have unknown tokens.
+        held_out: how many of these are held out.
+    """
+
+    unknown: int = 0
+    characters: int = 0
+    documents: int = 0
+    held_out: int = 0
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokenized:
     """A block's documents as tokens.
 
@@ -52,6 +72,7 @@ class Tokenized:
         val_text: the held-out documents' text, end to end, as UTF-8.
         replaced: U+FFFD put for invalid bytes.
         replaced_documents: how many documents have any.
+        losses: what the tokenizer does not give back.
         bad_records: how many records were skipped.
         first_bad: what was wrong with the first few.
     """
@@ -60,6 +81,7 @@ class Tokenized:
     val_text: bytes
     replaced: int
     replaced_documents: int
+    losses: Losses
     bad_records: int
     first_bad: list[str]
 
@@ -75,7 +97,8 @@ def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
     found = list(documents(block, rules, bad))
     continued = block.fragment is not None and not block.fragment.opens
     closes = block.fragment is None or block.fragment.closes
-    ids = tokenizer.encode_batch([document.text for document in found], continued=continued)
+    texts = [document.text for document in found]
+    ids = tokenizer.encode_batch(texts, continued=continued, parse_special=rules.parse_special)
     dtype = token_dtype(tokenizer.vocab_size)
     parts = {}
     for split, held_out in zip(SPLITS, (False, True), strict=True):
@@ -88,9 +111,21 @@ def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
         val_text=b"".join(document.text.encode() for document in found if document.held_out),
         replaced=sum(document.replaced for document in found),
         replaced_documents=sum(document.replaced > 0 for document in found),
+        losses=_losses(found, ids, tokenizer, continued),
         bad_records=len(bad),
         first_bad=bad[:SHOWN_BAD],
     )
+
+
+def _losses(found: list[Document], ids: list[list[int]], tokenizer: Tokenizer, continued: bool) -> Losses:
+    total = Losses()
+    for document, tokens in zip(found, ids, strict=True):
+        loss = tokenizer.loss(document.text, tokens, continued=continued)
+        if loss.unknown or loss.characters:
+            total += Losses(
+                unknown=loss.unknown, characters=loss.characters, documents=1, held_out=int(document.held_out)
+            )
+    return total
 
 
 def _document_rows(found: list[Document], lengths: list[int]) -> np.ndarray:
@@ -198,6 +233,7 @@ def _pack(result: Tokenized) -> tuple[dict, list[bytes]]:
         "sizes": [len(buffer) for buffer in buffers],
         "replaced": result.replaced,
         "replaced_documents": result.replaced_documents,
+        "losses": asdict(result.losses),
         "bad_records": result.bad_records,
         "first_bad": result.first_bad,
     }
@@ -223,6 +259,7 @@ def _unpack(header: dict, payload: bytes) -> Tokenized:
         val_text=buffers[-1],
         replaced=header["replaced"],
         replaced_documents=header["replaced_documents"],
+        losses=Losses(**header["losses"]),
         bad_records=header["bad_records"],
         first_bad=header["first_bad"],
     )

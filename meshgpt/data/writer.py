@@ -26,10 +26,17 @@ GZIP_BYTES = 64 << 20  # of the held-out text that gzip is tried on: at 20 MB/s 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What was counted on the way; first_bad: what was wrong with the first bad records."""
+    """What was counted on the way; first_bad: what was wrong with the first bad records.
+
+    unknown_tokens, lost_characters, lossy_documents, lossy_held_out: `worker.Losses`, of duplicates too.
+    """
 
     replaced: int = 0
     replaced_documents: int = 0
+    unknown_tokens: int = 0
+    lost_characters: int = 0
+    lossy_documents: int = 0
+    lossy_held_out: int = 0
     bad_records: int = 0
     first_bad: tuple[str, ...] = ()
     duplicates: int = 0
@@ -212,6 +219,10 @@ class StoreWriter:
         self.counts = Counts(
             replaced=self.counts.replaced + result.replaced,
             replaced_documents=self.counts.replaced_documents + result.replaced_documents,
+            unknown_tokens=self.counts.unknown_tokens + result.losses.unknown,
+            lost_characters=self.counts.lost_characters + result.losses.characters,
+            lossy_documents=self.counts.lossy_documents + result.losses.documents,
+            lossy_held_out=self.counts.lossy_held_out + result.losses.held_out,
             bad_records=self.counts.bad_records + result.bad_records,
             first_bad=(*self.counts.first_bad, *result.first_bad)[:SHOWN_BAD],
             duplicates=self.counts.duplicates,

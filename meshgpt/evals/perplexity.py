@@ -36,6 +36,7 @@ class Perplexity:
     bytes: int
     documents: int
     by_document: np.ndarray | None = None  # (documents, 4): nats, tokens, words and bytes of each
+    lost: int = 0  # characters of the texts that the tokens do not hold, and that were not predicted
 
     @property
     def token_perplexity(self) -> float:
@@ -98,10 +99,8 @@ def measure(
     Raises:
       UserError: a stride that the context does not hold.
     """
-    cut = [
-        list(windows(tokens, tokenizer.prefix_id, scorer.context, stride))
-        for tokens in tokenizer.encode_batch([*texts])
-    ]
+    encoded = tokenizer.encode_batch([*texts])
+    cut = [list(windows(tokens, tokenizer.prefix_id, scorer.context, stride)) for tokens in encoded]
     requests = [window for document in cut for window in document]
     scores = scorer.score(requests, report, "perplexity")
     counted = texts if counted is None else counted
@@ -116,6 +115,7 @@ def measure(
         words=sum(words),
         bytes=sum(sizes),
         documents=len(texts),
+        lost=sum(tokenizer.loss(text, tokens).characters for text, tokens in zip(texts, encoded, strict=True)),
         by_document=np.array([nats, tokens, words, sizes], np.float64).T,
     )
 

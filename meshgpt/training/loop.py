@@ -81,6 +81,8 @@ def train(run: Run, command: str = "", callbacks: Sequence[Callback] = ()) -> No
             lambda: open_run_data(without_preparing(run, folder), folder, sizes),
         )
         tokenizer = data.tokenizer()
+        if data.validation is not None and not data.validation.lossless:
+            say("bits per byte are not given: the tokenizer loses a part of the held-out text")
         check_samples(run, tokenizer)
         loop = Loop.build(run, mesh, data, folder, callbacks if jax.process_index() == 0 else ())
         begun = init_or_restore(loop.program, data, checkpoints, point, say)

@@ -43,7 +43,7 @@ class Measured:
     part was measured and it has several. part: tokens."""
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None  # None where the tokenizer loses a part of the text
     interval: Interval | None
     part: Part
 
@@ -84,8 +84,9 @@ class Validation:
         if self._has_others and self._is_time(step, self.run.evals.every or self.run.eval_every):
             for name, batches in self.stores.items():
                 measured = self._measured(batches, params, frozen)
-                loss, bits = measured.loss, measured.bits_per_byte
-                figures = {"loss": loss, "perplexity": _exp(loss), "bits_per_byte": bits}
+                figures = {"loss": measured.loss, "perplexity": _exp(measured.loss)}
+                if measured.bits_per_byte is not None:
+                    figures["bits_per_byte"] = measured.bits_per_byte
                 found |= {f"val/{name}/{figure}": value for figure, value in figures.items()}
                 found |= self._marks(measured, f"val/{name}/")
             if self.choices or self.tasks:
@@ -108,7 +109,9 @@ class Validation:
         """Of the run's own held-out text."""
         assert self.held_out is not None
         measured = self._measured(self.held_out, params, frozen)
-        figures = {"val_loss": measured.loss, "val_bits_per_byte": measured.bits_per_byte}
+        figures = {"val_loss": measured.loss}
+        if measured.bits_per_byte is not None:
+            figures["val_bits_per_byte"] = measured.bits_per_byte
         figures |= self._marks(measured, "val_")
         if self.held_out.gzip_bits_per_byte is not None:
             figures["gzip_bits_per_byte"] = self.held_out.gzip_bits_per_byte
@@ -137,7 +140,7 @@ class Validation:
         nats, tokens = math.fsum(nats_b), round(math.fsum(tokens_b))
         return Measured(
             loss=nats / tokens,
-            bits_per_byte=nats / math.log(2) / batches.bytes_of(tokens),
+            bits_per_byte=nats / math.log(2) / batches.bytes_of(tokens) if batches.lossless else None,
             interval=ratio_interval(nats_b, tokens_b) if tokens < batches.num_tokens else None,
             part=Part(used=tokens, of=batches.num_tokens),
         )
