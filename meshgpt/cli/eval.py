@@ -166,7 +166,7 @@ def _measured(asked: Arguments, wanted: _Wanted, trained: Trained, scorer: Score
     found: Results = {"results": {}}
     for name, texts in wanted.perplexity.items():
         measured = perplexity.measure(scorer, trained.tokenizer, texts, report, stride=asked.stride)
-        if measured.lost:
+        if measured.lost and jax.process_index() == 0:
             print(
                 f"{name}: the tokenizer loses {measured.lost:,} characters, which nothing predicts: perplexity by word "
                 "and byte and bits per byte look better than they are"

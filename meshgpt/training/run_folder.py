@@ -167,7 +167,8 @@ class RunFolder:
     def _check_same(self, run: Run, report: Callable[[str], None]) -> None:
         if not any(self.checkpoints.glob(f"*{manifest.SUFFIX}")):
             return  # nothing was trained that another configuration could spoil
-        changes = differences(self._configuration(), to_json(run))
+        # Read and written again: a setting that the run's version did not have yet has its default.
+        changes = differences(to_json(self.read_run()), to_json(run))
         locked = [change for change in changes if not may_differ(change[0])]
         changed = all(may_change(name) for name, _, _ in locked)
         if locked and not (changed and run.resume_with_changes):
