@@ -82,6 +82,9 @@ class ExportArguments:
     """Folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights that are written."""
+    family: Annotated[Literal["own", "phi"], tyro.conf.arg(name="as")] = "own"
+    """The name that the model goes by: `own`, or `phi`, under which GPT-J is known to more programs (the same model,
+    its numbers in other places)."""
     mesh: MeshShape = MeshShape()
     """How devices are arranged."""
     step: int | None = None
@@ -96,6 +99,10 @@ class ExportArguments:
     def __post_init__(self) -> None:
         if self.merge and self.adapter:
             raise UserError("--merge writes a whole model and --adapter the adapters alone: give one of them")
+        if self.adapter and self.family != "own":
+            raise UserError(
+                f"--as {self.family} writes a whole model and --adapter the adapters alone: give one of them"
+            )
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -113,6 +120,7 @@ def export(arguments: Sequence[str]) -> None:
             trained,
             asked.out,
             dtype=asked.dtype,
+            family=asked.family,
             replace=asked.overwrite,
             release=True,
             on_progress=lambda done, total: report("writing", done, total),

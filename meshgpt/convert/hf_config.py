@@ -1,6 +1,6 @@
 """`config.json` to our configurations and back.
 
-Source: `GPT2Config` and `GPTJConfig` of transformers, whose defaults hold for what a file leaves out.
+Source: `GPT2Config`, `GPTJConfig` and `PhiConfig` of transformers, whose defaults hold for what a file leaves out.
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(entries, dict):
         raise UserError(f"{file} is not a table of settings")
     fields = _Fields(file=file, entries=entries)
-    fields.refuse_unless("model_type", None, ("gpt2", "gptj"))
+    fields.refuse_unless("model_type", None, ("gpt2", "gptj", "phi"))
+    if entries["model_type"] == "phi":
+        return _phi(fields)
     fields.refuse_unless("activation_function", "gelu_new", _GELU_TANH)
     _check_quantization(fields)
     return _gpt2(fields) if entries["model_type"] == "gpt2" else _gptj(fields)
@@ -114,6 +116,34 @@ def _gptj(fields: _Fields) -> GPTJConfig:
         d_ff=_inner(fields, width),
         layer_norm_eps=fields.number("layer_norm_epsilon", 1e-5),
         rotary_dim=fields.whole("rotary_dim", 64) if turned is not None else width // max(heads, 1),
+    )
+
+
+def _phi(fields: _Fields) -> GPTJConfig:
+    """The GPT-J that a Phi may be; whether it is one, its biases say (`phi.as_gptj`)."""
+    heads, width = fields.whole("num_attention_heads", 32), fields.whole("hidden_size", 2048)
+    if fields.entries.get("quantization_config") is not None:
+        raise UserError(f"{fields.file}: a quantized Phi is not read; take the model that it was made from")
+    fields.refuse_unless("qk_layernorm", False, (False,))
+    fields.refuse_unless("num_key_value_heads", None, (None, heads))
+    fields.refuse_unless("hidden_act", "gelu_new", _GELU_TANH)
+    fields.refuse_unless("tie_word_embeddings", False, (False,))
+    newer = fields.entries.get("rope_parameters") or {}
+    if not isinstance(newer, dict):
+        raise UserError(f"{fields.file}: rope_parameters is {newer!r}; a table is needed")
+    rope = _Fields(file=fields.file, entries=fields.entries | newer)
+    rope.refuse_unless("rope_scaling", None, (None,))
+    rope.refuse_unless("rope_type", "default", ("default",))
+    rope.refuse_unless("rope_theta", 10000.0, (10000.0,))
+    return GPTJConfig(
+        vocab_size=fields.whole("vocab_size", 51200),
+        n_positions=fields.whole("max_position_embeddings", 2048),
+        n_layers=fields.whole("num_hidden_layers", 24),
+        n_heads=heads,
+        d_model=width,
+        d_ff=fields.whole("intermediate_size", 8192),
+        layer_norm_eps=fields.number("layer_norm_eps", 1e-5),
+        rotary_dim=int(width // max(heads, 1) * rope.number("partial_rotary_factor", 0.5)),
     )
 
 

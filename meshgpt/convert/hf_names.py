@@ -121,8 +121,11 @@ def by_path(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def canonical(name: str) -> str:
-    """The name as `save_pretrained` writes it; checkpoints of the bare model lack the `transformer.` prefix."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    """The name as `save_pretrained` writes it; checkpoints of the bare model lack the `transformer.` prefix.
+
+    `model.` is Phi's (see `phi`).
+    """
+    return name if name.startswith(("transformer.", "lm_head.", "model.")) else f"transformer.{name}"
 
 
 def to_stored(tensor: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from meshgpt import trees
-from meshgpt.convert import bitsandbytes_read, safetensor
+from meshgpt.convert import bitsandbytes_read, phi, safetensor
 from meshgpt.convert.hf_config import ModelConfig
 from meshgpt.convert.hf_names import BUFFERS, Stored, by_path, from_stored, stored_tensors
 from meshgpt.convert.stacking import stacked
 from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
+from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.quantized import Place
 
 
@@ -68,13 +69,19 @@ def _placed(tensors: Tensors, config: ModelConfig, abstract: trees.Tree, quantiz
 def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
     """The tensors of `config`, without the constants and the copies that a checkpoint may carry along.
 
-    Matrices that bitsandbytes quantized become one entry each, whose contents are dequantized (`bnb_read.plain`).
+    Matrices that bitsandbytes quantized become one entry each, whose contents are dequantized (`bnb_read.plain`). A Phi
+    becomes the GPT-J that it is (`phi.as_gptj`).
 
     Raises:
       UserError: listing all that is missing, unexpected, misshapen or of a dtype that is not a float's.
     """
-    wanted = {tensor.name: tensor.shape for tensor in stored_tensors(config)}
-    tensors = bitsandbytes_read.plain(tensors, config)
+    if isinstance(config, GPTJConfig) and phi.is_phi(tensors):
+        return phi.as_gptj(_complete(tensors, phi.stored_tensors(config)), config)
+    return _complete(bitsandbytes_read.plain(tensors, config), stored_tensors(config))
+
+
+def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
+    wanted = {tensor.name: tensor.shape for tensor in expected}
     found = {name: entry for name, entry in tensors.entries.items() if BUFFERS.fullmatch(name) is None}
     if "lm_head.weight" in found and "lm_head.weight" not in wanted:
         _check_tied(tensors)

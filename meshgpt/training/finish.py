@@ -88,6 +88,7 @@ def export_model(
     out: Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16"],
+    family: Literal["own", "phi"] = "own",
     replace: bool = False,
     release: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -95,6 +96,7 @@ def export_model(
     """Writes a Hugging Face folder of a model on the mesh that is set; a quantized one is dequantized.
 
     Args:
+      family: the name that the model goes by, see `convert.export`.
       release: the parameters are given up as they are written.
 
     Raises:
@@ -107,7 +109,7 @@ def export_model(
     tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
     return convert.export(
         plain(trained.params), model.config, trained.tokenizer, out, probe=probe(model, tokens), dtype=dtype,
-        replace=replace, release=release, on_progress=on_progress,
+        family=family, replace=replace, release=release, on_progress=on_progress,
     )  # fmt: skip
 
 
