@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -32,7 +32,10 @@ from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 from meshgpt.trees import Tree
 
-Format: TypeAlias = Literal["nf4", "fp4", "int8", "gguf-q8_0", "gguf-q4_0"]
+Format: TypeAlias = Literal[
+    "nf4", "fp4", "int8",
+    "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0",
+]  # fmt: skip
 
 _HELD_OUT_TOKENS = 100_000  # of a run's own held-out text
 
@@ -51,8 +54,8 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """A run's folder, an imported one, a Hugging Face folder or a hub id (owner/name)."""
     format: Format
-    """What to write: `nf4` and `fp4` take 4 bits a weight in blocks of 64, `int8` rows of 8 bits, and `gguf-q8_0` and
-    `gguf-q4_0` make a file for llama.cpp (GPT-2 only)."""
+    """What to write: `nf4` and `fp4` take 4 bits a weight in blocks of 64, `int8` rows of 8 bits, and `gguf-...` make a
+    file for llama.cpp and Ollama, of GPT-J under the name of Phi (the same model)."""
     out: Path
     """Folder to write."""
     double_quant: bool = False
@@ -94,12 +97,13 @@ def quantize(arguments: Sequence[str]) -> None:
         model = Model(config=opened.config, precision=Precision())
         measure = functools.partial(_measure, model, opened.tokenizer, mesh, texts or opened.texts, questions, report)
         form.check(opened.config, opened.tokenizer)
+        note = form.note(opened.config) if isinstance(form, convert.GgufForm) else ""
         before = measure(opened.load(model)) if texts or questions or opened.texts else {}
 
         def finish(folder: Path) -> None:
             after = measure(form.load(folder, opened.config, model.abstract_params())) if before else {}
             table = quality_table(before, after, _bytes_before(opened.config), sum(_sizes(folder)))
-            text = front_matter_of(_front(asked)) + to_markdown(_card(asked, opened, table), "")
+            text = front_matter_of(_front(asked)) + to_markdown(_card(asked, note, table), "")
             (folder / "README.md").write_text(text, encoding="utf-8")
             print("\n".join(_lines(table)))
 
@@ -107,6 +111,8 @@ def quantize(arguments: Sequence[str]) -> None:
             opened.contents(), opened.config, opened.tokenizer, form, asked.out, finish,
             lambda done, total: report("quantizing", done, total),
         )  # fmt: skip
+    if note:
+        print(note)
     print(f"{asked.out} is ready: {_use(asked)}")
 
 
@@ -115,7 +121,7 @@ def _form(asked: Arguments) -> convert.Form:
         return convert.BnbForm(kind=asked.format, double_quant=asked.double_quant, dtype=asked.dtype)
     if asked.double_quant:
         raise UserError(f"--double-quant is of nf4 and fp4; {asked.format} has no such thing")
-    return convert.GgufForm(kind="q8_0" if asked.format == "gguf-q8_0" else "q4_0")
+    return convert.GgufForm(kind=cast(convert.GgufKind, asked.format.removeprefix("gguf-")))
 
 
 def open_for_quantizing(source: str, step: int | None = None) -> Opened:
@@ -234,12 +240,13 @@ def _front(asked: Arguments) -> dict[str, Any]:
     return fields | ({"base_model": base, "base_model_relation": "quantized"} if base else {})
 
 
-def _card(asked: Arguments, opened: Opened, table: Table) -> list[Block]:
+def _card(asked: Arguments, note: str, table: Table) -> list[Block]:
     double = ", double quantization" if asked.double_quant else ""
     what = f"{asked.source}, quantized to {asked.format}{double} with meshgpt {meshgpt.__version__}."
     return [
         Heading(level=1, text=asked.out.name),
         Text(text=f"{what} Its licence, training and limitations are those of that model: see its card."),
+        *([Text(text=f"For whoever loads it: {note}.")] if note else []),
         Heading(level=2, text="Before and after"),
         table,
         Heading(level=2, text="How to use"),

@@ -8,7 +8,7 @@ from meshgpt.convert.adam_state import Moments
 from meshgpt.convert.adapter import export_adapter
 from meshgpt.convert.bitsandbytes_write import BnbForm
 from meshgpt.convert.gather import live_tensors
-from meshgpt.convert.gguf import GgufForm
+from meshgpt.convert.gguf import GgufForm, GgufKind
 from meshgpt.convert.hf_config import ModelConfig, read_config
 from meshgpt.convert.hf_read import load
 from meshgpt.convert.hf_write import export
@@ -24,6 +24,7 @@ __all__ = [
     "Contents",
     "Form",
     "GgufForm",
+    "GgufKind",
     "ModelConfig",
     "Moments",
     "Probe",

@@ -94,8 +94,9 @@ def _check_zero(tensors: Tensors, name: str) -> None:
     largest = np.abs(tensors.entries[name].map().astype(np.float32)).max()
     if not largest == 0:
         raise UserError(
-            f"{tensors.origin}: {name} reaches {largest:.4g}. Of Phi's models only GPT-J written as Phi is read (meshgpt "
-            "export --as phi), which has zeros there; a Phi proper is another architecture: name a GPT-2 or a GPT-J"
+            f"{tensors.origin}: {name} reaches {largest:.4g}. Of Phi's models only GPT-J written as Phi is read "
+            "(meshgpt export --as phi), which has zeros there; a Phi proper is another architecture: name a GPT-2 or a "
+            "GPT-J"
         )
 
 
