@@ -47,11 +47,8 @@ def banned(tokenizer) -> list[int]:
 
 
 def model_folder(config, tokenizer, folder: Path):
-    """A model of transformers with weights so large that its choices are clear, in `folder` with a tokenizer."""
+    """A model of transformers, in `folder` with a tokenizer."""
     model = hf_peers.peer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return model
@@ -90,10 +87,10 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(config, t
     model = model_folder(config, tokenizer, tmp_path / "theirs")
     wanted = np.array([greedy(model, prompt, banned) for prompt in PROMPTS])
     assert len(np.unique(wanted[..., 0])) > 10
-    exact, half = llama(["f32", "f16"], tmp_path / "theirs", banned)
-    np.testing.assert_array_equal(exact[..., 0], wanted[..., 0])
-    np.testing.assert_allclose(exact[..., 1], wanted[..., 1], atol=2e-4, rtol=0)
-    np.testing.assert_allclose(half[:, 0], wanted[:, 0], atol=0.05, rtol=0)
+    for found, tolerance in zip(llama(["f32", "f16"], tmp_path / "theirs", banned), (2e-3, 5e-3), strict=True):
+        np.testing.assert_array_equal(found[..., 0], wanted[..., 0])
+        # It takes GELU from a table in float16.
+        np.testing.assert_allclose(found[..., 1], wanted[..., 1], atol=tolerance, rtol=0)
 
 
 def test_every_other_form_is_the_model_that_the_package_reads(tokenizer, banned, tmp_path) -> None:
@@ -102,7 +99,10 @@ def test_every_other_form_is_the_model_that_the_package_reads(tokenizer, banned,
     for kind, found in zip(kinds, llama(kinds, tmp_path / "theirs", banned, new=1), strict=True):
         read = open_gguf(tmp_path / kind / f"model-{kind}.gguf", GPTJ)
         model.load_state_dict({name: torch.tensor(entry.map()) for name, entry in read.entries.items()})
-        wanted = np.array([greedy(model, prompt, banned, new=1) for prompt in PROMPTS])
-        print(kind, np.abs(found - wanted).max(axis=(0, 1)))
-        np.testing.assert_array_equal(found[..., 0], wanted[..., 0], kind)
-        np.testing.assert_allclose(found[..., 1], wanted[..., 1], atol=0.2, rtol=0, err_msg=kind)
+        for prompt, (token, log_probability) in zip(PROMPTS, found[:, 0], strict=True):
+            ((_, best),) = greedy(model, prompt, banned, new=1)
+            with torch.no_grad():
+                scores = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            # It rounds activations to 8 bits, which decides between two that are near.
+            assert best - scores[int(token)] < 0.1, kind
+            assert log_probability == pytest.approx(float(scores[int(token)]), abs=0.1), kind

@@ -27,6 +27,7 @@ from meshgpt.convert.hf_read import place
 from meshgpt.convert.tensors import Tensors
 from meshgpt.data.tokenizer import ByteLevelBPE, Tokenizer
 from meshgpt.errors import UserError
+from meshgpt.models.gpt2 import GPT2Config
 from meshgpt.models.gptj import GPTJConfig
 
 GgufKind: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -86,6 +87,12 @@ class GgufForm:
 def _check(config: ModelConfig, tokenizer: Tokenizer, kind: GgufKind) -> None:
     if not isinstance(tokenizer, ByteLevelBPE):
         raise UserError(f"--format gguf-{kind}: llama.cpp needs a byte-level BPE tokenizer, and this is sentencepiece")
+    if isinstance(config, GPT2Config) and (config.activation != "gelu_tanh" or config.inverse_layer_attention):
+        raise UserError(
+            f"--format gguf-{kind}: llama.cpp's GPT-2 has GELU's tanh form and one scale of attention, and this has "
+            f"activation={config.activation}, inverse_layer_attention={config.inverse_layer_attention}: nf4, fp4 and "
+            "int8 are for such a model"
+        )
     for tensor in written_tensors(config):
         if _type(tensor, kind).startswith("Q") and tensor.shape[1] % _BLOCK:
             raise UserError(

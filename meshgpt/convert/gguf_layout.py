@@ -97,7 +97,7 @@ def written_tensors(config: ModelConfig) -> list[Written]:
 
 def written(contents: Contents, config: ModelConfig) -> Iterator[np.ndarray]:
     """What each of `written_tensors` holds, float32; the host has one of them at a time, and what it is made of."""
-    found = phi.contents(contents, config) if isinstance(config, GPTJConfig) else contents
+    found = phi.contents(_with_head(contents, config), _untied(config)) if isinstance(config, GPTJConfig) else contents
     parts: dict[str, dict[int, np.ndarray]] = {}
     for tensor, array in found:
         place = place_of(tensor)
@@ -115,7 +115,7 @@ def as_stored(found: Mapping[str, Entry], config: ModelConfig, origin: str) -> T
         for tensor in _tensors(config)
     }
     tensors = Tensors(origin=origin, entries=entries)
-    return phi.as_gptj(tensors, config) if isinstance(config, GPTJConfig) else tensors
+    return phi.as_gptj(tensors, _untied(config)) if isinstance(config, GPTJConfig) else tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,26 @@ class _Part:
 
 def _tensors(config: ModelConfig) -> list[Stored]:
     """The tensors that the names here are of."""
-    return phi.stored_tensors(config) if isinstance(config, GPTJConfig) else hf_names.stored_tensors(config)
+    if isinstance(config, GPTJConfig):
+        return phi.stored_tensors(_untied(config))
+    return hf_names.stored_tensors(config)
+
+
+def _untied(config: GPTJConfig) -> GPTJConfig:
+    """With a head of its own: llama.cpp's Phi has no other."""
+    return dataclasses.replace(config, tied_head=False)
+
+
+def _with_head(contents: Contents, config: GPTJConfig) -> Contents:
+    """The tensors of `_untied` from those of `config`: a tied head is a copy of the embedding."""
+    by_name = {tensor.name: tensor for tensor in hf_names.stored_tensors(_untied(config))}
+    table = np.empty(0)
+    for tensor, array in contents:
+        if tensor.name == "transformer.wte.weight" and config.tied_head:
+            table = array
+        if tensor.name == "lm_head.bias" and config.tied_head:
+            yield by_name["lm_head.weight"], table
+        yield tensor, array
 
 
 def _is_conv1d(tensor: Stored) -> bool:

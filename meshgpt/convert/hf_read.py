@@ -6,6 +6,7 @@ memory-mapped file.
 """
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -21,6 +22,8 @@ from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
 from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.quantized import Place
+
+_OF_THE_MODEL = re.compile(r"(transformer\.(wte|wpe|ln_f|h\.\d+)|lm_head|model)\.")
 
 
 def load(folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
@@ -80,6 +83,11 @@ def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
     return _complete(bitsandbytes_read.plain(tensors, config), stored_tensors(config))
 
 
+def heads_of_others(tensors: Tensors) -> list[str]:
+    """Names of tensors beside the model proper: heads that other tools add, such as `v_head` and `score`."""
+    return [name for name in tensors.entries if _OF_THE_MODEL.match(name) is None]
+
+
 def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
     wanted = {tensor.name: tensor.shape for tensor in expected}
     found = {name: entry for name, entry in tensors.entries.items() if BUFFERS.fullmatch(name) is None}
@@ -92,8 +100,10 @@ def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
             problems.append(f"unexpected: {name} {entry.shape}")
         elif entry.shape != wanted[name]:
             problems.append(f"shape: {name} is {entry.shape}, and the configuration says {wanted[name]}")
-        elif entry.code not in safetensor.DTYPES:
-            problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.DTYPES)}")
+        elif entry.code not in safetensor.READ_DTYPES:
+            problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.READ_DTYPES)}")
+    if others := [name for name in heads_of_others(tensors) if name in found]:
+        problems.append(f"of another tool's head: {', '.join(others)}; meshgpt import --ignore-extra leaves it out")
     if problems:
         raise UserError(
             f"{tensors.origin}: {len(problems)} tensors do not fit its configuration:\n  " + "\n  ".join(problems)
@@ -104,7 +114,11 @@ def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
 def _check_tied(tensors: Tensors) -> None:
     """A tied model may carry its head as a copy of the embedding; a head that differs is another model."""
     head, table = tensors.entries["lm_head.weight"], tensors.entries.get("transformer.wte.weight")
-    same = table is not None and (head.code, head.shape) == (table.code, table.shape) and head.code in safetensor.DTYPES
+    same = (
+        table is not None
+        and (head.code, head.shape) == (table.code, table.shape)
+        and head.code in safetensor.READ_DTYPES
+    )
     if table is None or not same or not np.array_equal(head.map(), table.map()):
         raise UserError(
             f"{tensors.origin}: lm_head.weight differs from the embedding, yet the configuration ties them; "

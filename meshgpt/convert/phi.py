@@ -163,7 +163,7 @@ def config_json(config: GPTJConfig, end: int, dtype: str) -> dict[str, Any]:
         "resid_pdrop": 0.0,
         "rope_scaling": None,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied_head,
         "torch_dtype": dtype,
         "use_cache": True,
         "vocab_size": config.vocab_size,

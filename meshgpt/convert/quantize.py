@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from meshgpt import trees
 from meshgpt.convert.atomic_folder import staged
 from meshgpt.convert.bitsandbytes_read import LowBit
@@ -71,8 +73,11 @@ def quantize(
 
 
 def contents_of(tensors: Tensors, config: ModelConfig) -> Contents:
-    """The tensors of a checkpoint, which are those of `config`, mapped one at a time."""
-    return ((tensor, tensors.entries[tensor.name].map()) for tensor in stored_tensors(config))
+    """The tensors of a checkpoint, which are those of `config`, mapped one at a time; float64 is rounded to float32."""
+    for tensor in stored_tensors(config):
+        array = tensors.entries[tensor.name].map()
+        with np.errstate(over="ignore"):  # whoever writes it says what is not finite, by name
+            yield tensor, array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def is_quantized(tensors: Tensors) -> bool:

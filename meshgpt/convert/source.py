@@ -8,7 +8,7 @@ from meshgpt.convert import hub, mesh_transformer_read
 from meshgpt.convert.adam_state import Moments
 from meshgpt.convert.hf_config import read_config
 from meshgpt.convert.hf_names import ModelConfig
-from meshgpt.convert.hf_read import fitting, place, place_as_kept
+from meshgpt.convert.hf_read import fitting, heads_of_others, place, place_as_kept
 from meshgpt.convert.surgery import Surgery, operate
 from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
@@ -71,13 +71,20 @@ def open_source(source: str, surgery: Surgery = Surgery()) -> Source:
             raise UserError(f"{source} is neither a folder nor a model's id on the hub (owner/name)")
         folder = hub.download(source)
     config = read_config(folder)
-    tensors, config, notes = operate(fitting(open_tensors(folder), config), config, surgery)
+    found = open_tensors(folder)
+    ignored = heads_of_others(found) if surgery.ignore_extra else []
+    kept = {name: entry for name, entry in found.entries.items() if name not in ignored}
+    found = fitting(Tensors(origin=found.origin, entries=kept), config)
+    tensors, config, changes = operate(found, config, surgery)
+    notes = [f"left out, as --ignore-extra asks: {', '.join(ignored)}"] if ignored else []
+    if any(entry.code == "F64" for entry in found.entries.values()):
+        notes.append("weights in float64 are rounded to float32")
     return Source(
         origin=source,
         config=config,
         tokenizer=_tokenizer(folder),
         step=0,
-        notes=notes,
+        notes=(*notes, *changes),
         tensors=tensors,
         adam=None,
     )
