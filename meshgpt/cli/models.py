@@ -19,7 +19,7 @@ from meshgpt.models.precision import Float, Precision
 from meshgpt.settings import settings
 from meshgpt.training import finish
 from meshgpt.training.load import open_adapters, open_trained
-from meshgpt.training.pretrained import import_model
+from meshgpt.training.pretrained import base_for_others, import_model
 from meshgpt.training.trackers import progress_bar
 
 Source = Annotated[Path, tyro.conf.Positional]
@@ -115,7 +115,8 @@ def export(arguments: Sequence[str]) -> None:
             _export_adapter(asked)
         return
     with jax.set_mesh(mesh), progress_bar() as report:
-        trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
+        precision = Precision(compute="float32")
+        trained = open_trained(asked.source, precision, print, asked.step, needs_tokenizer=False)
         verdict = finish.export_model(
             trained,
             asked.out,
@@ -131,8 +132,10 @@ def export(arguments: Sequence[str]) -> None:
 
 def _export_adapter(asked: ExportArguments) -> None:
     found = open_adapters(asked.source, print, asked.step)
-    base = found.run.init
+    base, problem = base_for_others(found.run.init)
     print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.overwrite))
+    if problem:
+        print(problem)
     print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
 
 

@@ -78,7 +78,7 @@ class Opened:
     """A model to be quantized. contents: its tensors, one at a time. load: its parameters for a model, on the mesh."""
 
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     contents: Callable[[], convert.Contents]
     load: Callable[[Model], Tree]
     texts: dict[str, list[str]]  # its own held-out text
@@ -97,7 +97,13 @@ def quantize(arguments: Sequence[str]) -> None:
         model = Model(config=opened.config, precision=Precision())
         measure = functools.partial(_measure, model, opened.tokenizer, mesh, texts or opened.texts, questions, report)
         form.check(opened.config, opened.tokenizer)
+        if opened.tokenizer is None and (texts or questions):
+            raise UserError(
+                f"{asked.source} has no tokenizer, which --eval-text and --eval-choices need: copy the model's "
+                "tokenizer.json into it, or leave them out"
+            )
         note = form.note(opened.config) if isinstance(form, convert.GgufForm) else ""
+        note = convert.NO_TOKENIZER if opened.tokenizer is None else note
         before = measure(opened.load(model)) if texts or questions or opened.texts else {}
 
         def finish(folder: Path) -> None:
@@ -128,15 +134,15 @@ def open_for_quantizing(source: str, step: int | None = None) -> Opened:
     """What is at `source`, on the mesh that is set; nothing is read yet, except of a run or an imported folder.
 
     Raises:
-      UserError: what opening it raises, no tokenizer, or a model that is quantized already.
+      UserError: what opening it raises, or a model that is quantized already.
     """
     folder = Path(source).expanduser()
     if (folder / "run.json").is_file() or (folder / RECORD).is_file():
-        trained = open_trained(folder, Precision(compute="float32"), print, step)
+        trained = open_trained(folder, Precision(compute="float32"), print, step, needs_tokenizer=False)
         config, params = trained.model.config, trained.params
         return Opened(
             config=config,
-            tokenizer=trained.tokenizer,
+            tokenizer=trained.its_tokenizer,
             contents=lambda: convert.live_tensors(params, config, np.dtype(np.float32)),
             load=lambda model: params,
             texts=_held_out(RunFolder(folder)) if (folder / "run.json").is_file() else {},
@@ -146,11 +152,9 @@ def open_for_quantizing(source: str, step: int | None = None) -> Opened:
     opened = convert.open_source(source)
     if convert.is_quantized(opened.tensors):
         raise UserError(f"{source} is quantized already: name the model that it was made from")
-    if opened.tokenizer is None:
-        raise UserError(f"{source} has no tokenizer: copy the model's tokenizer.json into it")
     return Opened(
         config=opened.config,
-        tokenizer=load_tokenizer(opened.tokenizer),
+        tokenizer=None if opened.tokenizer is None else load_tokenizer(opened.tokenizer),
         contents=lambda: convert.contents_of(opened.tensors, opened.config),
         load=lambda model: opened.load(model.abstract_params()),
         texts={},
@@ -184,7 +188,7 @@ def _held_out(folder: RunFolder) -> dict[str, list[str]]:
 
 def _measure(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     mesh: jax.sharding.Mesh,
     texts: dict[str, list[str]],
     questions: dict[str, list[choices.Question]],
@@ -192,6 +196,7 @@ def _measure(
     params: Tree,
 ) -> dict[str, float]:
     """Each figure by its name."""
+    assert tokenizer is not None, "checked"
     scorer = Scorer(model, params, mesh)
     found: dict[str, float] = {}
     for name, documents in texts.items():

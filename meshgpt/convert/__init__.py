@@ -11,14 +11,15 @@ from meshgpt.convert.gather import live_tensors
 from meshgpt.convert.gguf import GgufForm, GgufKind
 from meshgpt.convert.hf_config import ModelConfig, read_config
 from meshgpt.convert.hf_read import load
-from meshgpt.convert.hf_write import export
+from meshgpt.convert.hf_write import NO_TOKENIZER, export
 from meshgpt.convert.mesh_transformer_write import export_mtj
 from meshgpt.convert.quantize import Contents, Form, contents_of, is_quantized, quantize
-from meshgpt.convert.source import Source, open_source
+from meshgpt.convert.source import Source, open_source, tokenizer_of
 from meshgpt.convert.surgery import Surgery
 from meshgpt.convert.verify import PROBE_COMPILER_OPTIONS, Probe, Verdict, read_back
 
 __all__ = [
+    "NO_TOKENIZER",
     "PROBE_COMPILER_OPTIONS",
     "BnbForm",
     "Contents",
@@ -42,4 +43,5 @@ __all__ = [
     "quantize",
     "read_back",
     "read_config",
+    "tokenizer_of",
 ]

@@ -59,9 +59,9 @@ class BnbForm:
     def marker(self) -> str:
         return "config.json"
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         """Raises UserError: a matrix whose rows are not a multiple of the block, or a tokenizer of another model."""
-        if tokenizer.vocab_size > config.vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}: "
                 "quantize it with the tokenizer that it was trained with"
@@ -85,7 +85,7 @@ class BnbForm:
         self,
         contents: Contents,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -106,10 +106,12 @@ class BnbForm:
                     check_finite(tensor, cast)
                     files.add(tensor.name, cast)
                 on_progress(done, count)
-        entries = config_json(config, tokenizer.eot_id, self.dtype) | {"quantization_config": self.config_entry()}
+        end = None if tokenizer is None else tokenizer.eot_id
+        entries = config_json(config, end, self.dtype) | {"quantization_config": self.config_entry()}
         write_json(folder / "config.json", entries)
-        write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
-        tokenizer.save(folder)
+        write_json(folder / "generation_config.json", generation_config_json(end))
+        if tokenizer is not None:
+            tokenizer.save(folder)
 
     def load(self, folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
         """The parameters, those that are quantized as weights of few bits."""

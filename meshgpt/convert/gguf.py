@@ -50,7 +50,7 @@ class GgufForm:
     def marker(self) -> str:
         return f"model-{self.kind}.gguf"
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         """Raises UserError for what llama.cpp does not load, or where the `gguf` package is missing."""
         _package()
         _check(config, tokenizer, self.kind)
@@ -67,7 +67,7 @@ class GgufForm:
         self,
         contents: Contents,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -76,6 +76,7 @@ class GgufForm:
         Raises:
           UserError: naming the tensor that holds a value that is not finite, or too large for this form.
         """
+        assert tokenizer is not None, "checked"
         _write(contents, config, tokenizer, self.kind, folder / self.marker, on_progress)
         (folder / MODELFILE).write_text(f"FROM ./{self.marker}\nPARAMETER num_ctx {config.n_positions}\n", "utf-8")
 
@@ -84,7 +85,12 @@ class GgufForm:
         return place(open_gguf(folder / self.marker, config), config, abstract)
 
 
-def _check(config: ModelConfig, tokenizer: Tokenizer, kind: GgufKind) -> None:
+def _check(config: ModelConfig, tokenizer: Tokenizer | None, kind: GgufKind) -> None:
+    if tokenizer is None:
+        raise UserError(
+            f"--format gguf-{kind}: llama.cpp takes the tokenizer from the file, and there is none: copy the model's "
+            "tokenizer.json to it; nf4, fp4 and int8 go without"
+        )
     if not isinstance(tokenizer, ByteLevelBPE):
         raise UserError(f"--format gguf-{kind}: llama.cpp needs a byte-level BPE tokenizer, and this is sentencepiece")
     if isinstance(config, GPT2Config) and (config.activation != "gelu_tanh" or config.inverse_layer_attention):

@@ -183,7 +183,7 @@ def _inner(fields: _Fields, width: int) -> int:
     return 4 * width if fields.entries.get("n_inner") is None else fields.whole("n_inner", 0)
 
 
-def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
+def config_json(config: ModelConfig, end: int | None, dtype: str) -> dict[str, Any]:
     """The entries of config.json for a model in `dtype` whose texts begin after and end with token `end`."""
     shared = {
         "bos_token_id": end,
@@ -227,6 +227,6 @@ def config_json(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def generation_config_json(end: int) -> dict[str, Any]:
+def generation_config_json(end: int | None) -> dict[str, Any]:
     """The entries of generation_config.json."""
     return {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}

@@ -102,12 +102,11 @@ def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
             problems.append(f"shape: {name} is {entry.shape}, and the configuration says {wanted[name]}")
         elif entry.code not in safetensor.READ_DTYPES:
             problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.READ_DTYPES)}")
-    if others := [name for name in heads_of_others(tensors) if name in found]:
-        problems.append(f"of another tool's head: {', '.join(others)}; meshgpt import --ignore-extra leaves it out")
     if problems:
-        raise UserError(
-            f"{tensors.origin}: {len(problems)} tensors do not fit its configuration:\n  " + "\n  ".join(problems)
-        )
+        listed = "\n  ".join([f"{len(problems)} tensors do not fit its configuration:", *problems])
+        others = [name for name in heads_of_others(tensors) if name in found]
+        remedy = "\nheads that another tool added are left out by meshgpt import --ignore-extra" if others else ""
+        raise UserError(f"{tensors.origin}: {listed}{remedy}")
     return Tensors(origin=tensors.origin, entries=found)
 
 

@@ -27,6 +27,11 @@ from meshgpt.settings import json_text
 Dtype = Literal["float32", "bfloat16", "float16"]
 Family = Literal["own", "phi"]
 
+NO_TOKENIZER = (
+    "there is no tokenizer: the folder has weights and settings alone, and no end of text; copy the model's "
+    "tokenizer.json into it, or give token ids"
+)
+
 SHARD_BYTES = 5_000_000_000
 
 
@@ -37,7 +42,7 @@ def _silent(done: int, total: int) -> None:
 def export(
     params: trees.Tree,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     out: Path,
     *,
     probe: Probe,
@@ -55,6 +60,7 @@ def export(
 
     Args:
       params: the parameter tree, on any mesh.
+      tokenizer: None leaves it out, and with it the ids that begin and end a text.
       probe: the tokens and the forward pass that the logits are compared with.
       family: the name that the model goes by: its own, or `phi`, under which GPT-J is known to more programs.
       replace: an earlier export at `out` gives way; anything else there is refused in any case.
@@ -67,7 +73,7 @@ def export(
         gives other ids, `family` is not for this model, or the folder read back differs from the live model (naming
         the first differing tensor).
     """
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}: "
             "export it with the tokenizer that it was trained with"
@@ -84,9 +90,11 @@ def export(
         if first():
             if len(shards) > 1:
                 _write_index(folder, shards, total)
-            write_json(folder / "config.json", layout.config_json(tokenizer.eot_id, dtype))
-            write_json(folder / "generation_config.json", generation_config_json(tokenizer.eot_id))
-            notes = save_tokenizer(tokenizer, folder, probe.tokens_BT)
+            end = None if tokenizer is None else tokenizer.eot_id
+            write_json(folder / "config.json", layout.config_json(end, dtype))
+            write_json(folder / "generation_config.json", generation_config_json(end))
+            saved = (NO_TOKENIZER,) if tokenizer is None else save_tokenizer(tokenizer, folder, probe.tokens_BT)
+            notes = saved
             if layout.note:
                 notes = (layout.note, *notes)
                 (folder / "README.md").write_text(f"# {out.name}\n\nFor whoever loads it: {layout.note}.\n", "utf-8")
@@ -101,7 +109,7 @@ class _Layout:
 
     tensors: list[Stored]
     contents: Callable[[Iterator[tuple[Stored, np.ndarray]]], Iterator[tuple[Stored, np.ndarray]]]
-    config_json: Callable[[int, str], dict[str, Any]]
+    config_json: Callable[[int | None, str], dict[str, Any]]
     note: str = ""
 
 

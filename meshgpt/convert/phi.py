@@ -140,7 +140,7 @@ def rotary_share(config: GPTJConfig) -> float:
     return share
 
 
-def config_json(config: GPTJConfig, end: int, dtype: str) -> dict[str, Any]:
+def config_json(config: GPTJConfig, end: int | None, dtype: str) -> dict[str, Any]:
     """The entries of config.json of the Phi that `config` is; arguments as of `hf_config.config_json`."""
     return {
         "architectures": ["PhiForCausalLM"],

@@ -23,7 +23,7 @@ class Form(Protocol):
         """The file that says that a folder holds such a model."""
         ...
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         """Raises UserError for a model that this form does not hold."""
         ...
 
@@ -35,7 +35,7 @@ class Form(Protocol):
         self,
         contents: Contents,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -50,7 +50,7 @@ class Form(Protocol):
 def quantize(
     contents: Contents,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     form: Form,
     out: Path,
     finish: Callable[[Path], None],
@@ -60,6 +60,7 @@ def quantize(
 
     Args:
       contents: every tensor of `config`, in the order of `stored_tensors`.
+      tokenizer: None leaves it out, where `form` can.
       finish: is called with the folder before it gets its name, to measure it or add files.
       on_progress: called with tensors written and tensors in all.
 

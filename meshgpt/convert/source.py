@@ -20,7 +20,8 @@ class Source:
 
     origin: what it was opened by. config: its architecture, after surgery. tokenizer: the folder that `load_tokenizer`
     reads, None if there is none. step: updates it was trained for, 0 where the format does not say. notes: what was
-    decided or changed on the way, to be said and recorded. adam: None where `load_moments` has nothing to load.
+    decided or changed on the way, to be said and recorded. changed: whether surgery made another model of it. adam:
+    None where `load_moments` has nothing to load.
     """
 
     origin: str
@@ -28,6 +29,7 @@ class Source:
     tokenizer: Path | None
     step: int
     notes: tuple[str, ...]
+    changed: bool
     tensors: Tensors
     adam: mesh_transformer_read.Adam | None
 
@@ -82,9 +84,10 @@ def open_source(source: str, surgery: Surgery = Surgery()) -> Source:
     return Source(
         origin=source,
         config=config,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer_of(folder),
         step=0,
         notes=(*notes, *changes),
+        changed=bool(changes),
         tensors=tensors,
         adam=None,
     )
@@ -100,14 +103,16 @@ def _from_mesh_transformer(source: str, folder: Path, surgery: Surgery) -> Sourc
     return Source(
         origin=source,
         config=config,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer_of(folder),
         step=found.step,
         notes=tuple(notes),
+        changed=bool(changes),
         tensors=tensors,
         adam=adam,
     )
 
 
-def _tokenizer(folder: Path) -> Path | None:
+def tokenizer_of(folder: Path) -> Path | None:
+    """`folder` where `load_tokenizer` finds one in it."""
     there = any(folder.glob("*.model")) or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return folder if there else None

@@ -95,6 +95,8 @@ def export_model(
 ) -> convert.Verdict:
     """Writes a Hugging Face folder of a model on the mesh that is set; a quantized one is dequantized.
 
+    Without a tokenizer the logits are compared on random ids.
+
     Args:
       family: the name that the model goes by, see `convert.export`.
       release: the parameters are given up as they are written.
@@ -106,9 +108,12 @@ def export_model(
     model = dataclasses.replace(
         trained.model, precision=dataclasses.replace(trained.model.precision, compute="float32")
     )
-    tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
+    if trained.its_tokenizer is None:
+        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, PROBE_TOKENS, np.int32)
+    else:
+        tokens = np.asarray(trained.its_tokenizer.encode(_PROBE_TEXT), np.int32)
     return convert.export(
-        plain(trained.params), model.config, trained.tokenizer, out, probe=probe(model, tokens), dtype=dtype,
+        plain(trained.params), model.config, trained.its_tokenizer, out, probe=probe(model, tokens), dtype=dtype,
         family=family, replace=replace, release=release, on_progress=on_progress,
     )  # fmt: skip
 
