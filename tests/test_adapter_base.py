@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from hf_peers import GPT2_TINY, GPTJ_TINY, ONE, Words, live, peer
+from hf_peers import GPT2_TINY, GPTJ_TINY, ONE, live, peer
 
-from meshgpt import convert
+from meshgpt import cli, convert
+from meshgpt.cli import models
 from meshgpt.training.pretrained import RECORD, base_for_others, import_model
 
 
@@ -50,12 +52,26 @@ def test_what_surgery_changed_is_not_the_source(theirs, tmp_path, on_mesh) -> No
 
 def test_gptj_as_phi_has_other_modules(tmp_path, on_mesh) -> None:
     params, probe = live(GPTJ_TINY, ONE)
-    convert.export(params, GPTJ_TINY, Words(), tmp_path / "phi", probe=probe, family="phi")
+    convert.export(params, GPTJ_TINY, None, tmp_path / "phi", probe=probe, family="phi")
     assert "is not a model that these adapters fit" in base_for_others(str(tmp_path / "phi"))[1]
     with on_mesh():
         ours = imported(tmp_path / "phi", tmp_path / "ours")
     assert base_for_others(ours)[0] == ours
     assert f"meshgpt export {ours}" in base_for_others(ours)[1]
+
+
+def test_the_command_writes_that_base(theirs, tmp_path, on_mesh, monkeypatch, capsys) -> None:
+    with on_mesh():
+        same = imported(theirs, tmp_path / "same")
+        grown = imported(theirs, tmp_path / "grown", convert.Surgery(vocab_size=128))
+    written = []
+    monkeypatch.setattr(convert, "export_adapter", lambda *a, **k: written.append(a[3]) or "compared")
+    for init in (same, grown):
+        run = SimpleNamespace(init=init, model=GPT2_TINY)
+        monkeypatch.setattr(models, "open_adapters", lambda *a, run=run: SimpleNamespace(run=run, params={}, part=None))
+        assert cli.main(["export", "--adapter", "run", "--out", str(tmp_path / "out")]) == 0
+    assert written == [str(theirs), grown]
+    assert capsys.readouterr().out.count("--out BASE writes one") == 1
 
 
 @pytest.mark.parametrize("source", ["openai-community/gpt2", "owner/name@main"])

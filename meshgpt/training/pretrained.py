@@ -31,6 +31,11 @@ from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
 
+_NOT_LOADABLE = (
+    "{0} is not a model that these adapters fit in other tools: meshgpt export {0} --out BASE writes one; then put "
+    "BASE for base_model_name_or_path in adapter_config.json"
+)
+
 
 def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float, report: Callable[[str], None]) -> None:
     """`source` as a checkpoint folder of ours, on the mesh that is set; `out` appears whole or not at all.
@@ -173,12 +178,6 @@ def base_for_others(source: str) -> tuple[str, str]:
         return source, f"{source} is no Hugging Face folder: meshgpt import makes one of ours, and export one of theirs"
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return source, _NOT_LOADABLE.format(source) if entries["model_type"] == "phi" else ""
-
-
-_NOT_LOADABLE = (
-    "{0} is not a model that these adapters fit in other tools: meshgpt export {0} --out BASE writes one; then put BASE "
-    "for base_model_name_or_path in adapter_config.json"
-)
 
 
 def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:
