@@ -19,7 +19,7 @@ from meshgpt.models.trainable import Full, Trainable
 from meshgpt.objectives.distillation import Distill
 from meshgpt.objectives.loss import NextToken
 from meshgpt.optim.config import AdamW, Optimizer
-from meshgpt.settings import settings
+from meshgpt.settings import ADDED_LATER, settings
 
 Objective: TypeAlias = NextToken | Distill
 
@@ -241,7 +241,11 @@ def _under(name: str, fields: tuple[str, ...]) -> bool:
 def to_json(value: Any) -> Any:
     """A dataclass as JSON: an object with its fields and, so that a union can be read back, its `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (field.metadata.get(ADDED_LATER) and getattr(value, field.name) == field.default)
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
@@ -279,6 +283,17 @@ def _dataclass_from_json(cls: Any, value: dict[str, Any], where: str) -> Any:
         return cls(**fields)
     except TypeError as error:
         raise UserError(f"{where} cannot be read by this version of meshgpt: {error}") from error
+
+
+def changes(recorded: dict[str, Any], run: Run) -> list[tuple[str, Any, Any]]:
+    """(name, then, now) of every setting in which a run differs from one that was recorded as JSON.
+
+    A setting that the recorded run's version of meshgpt did not have had its default.
+
+    Raises:
+      UserError: what was recorded has a setting or a type that this version does not have.
+    """
+    return differences(to_json(from_json(Run, recorded)), to_json(run))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:

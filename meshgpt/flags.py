@@ -151,7 +151,7 @@ def _flags(cls: type, prefix: str = "") -> Iterator[_Flag]:
     import tyro
 
     for field, hint, marks in _fields(cls):
-        spelled = _spelled(field.name)
+        spelled = next((mark.name for mark in marks if getattr(mark, "name", None)), _spelled(field.name))
         inner = [part for part in (hint, *typing.get_args(hint)) if inspect.isclass(part)]
         inner = [part for part in inner if dataclasses.is_dataclass(part)]
         for part in inner:

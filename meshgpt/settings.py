@@ -54,6 +54,10 @@ def refuse_non_finite(value: Any, where: str = "") -> None:
         raise UserError(f"{name}: give a finite number{field.metadata.get(INSTEAD, '')}")
 
 
+ADDED_LATER = "added_later"
+"""Key in a field's metadata: True where the field came after runs were written. JSON has it only where it is not its
+default, and so stays what it was."""
+
 INSTEAD = "instead"
 """Key in a field's metadata: what to give in place of infinity, as the end of the error's sentence."""
 

@@ -67,10 +67,16 @@ def peer(config: convert.ModelConfig) -> transformers.PreTrainedModel:
         "eos_token_id": 1,
     }
     if isinstance(config, GPT2Config):
-        made = transformers.GPT2Config(**settings, tie_word_embeddings=config.tied_head)
+        made = transformers.GPT2Config(
+            **settings,
+            tie_word_embeddings=config.tied_head,
+            activation_function={"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+            scale_attn_by_inverse_layer_idx=config.inverse_layer_attention,
+        )
         model = transformers.GPT2LMHeadModel(made)
     else:
-        model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**settings, rotary_dim=config.rotary_dim))
+        settings |= {"rotary_dim": config.rotary_dim, "tie_word_embeddings": config.tied_head}
+        model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,13 +12,29 @@ import numpy as np
 import pytest
 
 from meshgpt import cli
+from meshgpt.convert.gguf import open_gguf
 from meshgpt.data.tokenizer import train_bpe, train_sentencepiece
 from meshgpt.models.gpt2 import GPT2Config
+from meshgpt.models.gptj import GPTJConfig
 
 VOCAB = 320
 # More rows than ids: what is over is padding of the vocabulary.
 CONFIG = GPT2Config(vocab_size=VOCAB + 40, n_positions=32, n_layers=2, n_heads=2, d_model=64, d_ff=96)
+GPTJ = GPTJConfig(vocab_size=VOCAB + 40, n_positions=32, n_layers=2, n_heads=2, d_model=64, d_ff=96, rotary_dim=8)
+# The largest error of a block, in its largest number: half a step, or a step where the largest takes the odd end.
+ERRORS = {
+    "f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127,
+    "q5_1": 2 / 31, "q5_0": 1 / 16, "q4_1": 2 / 15, "q4_0": 1 / 8,
+}  # fmt: skip
 TEXT = Path(os.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def gptj(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "gptj"
+    hf_peers.peer(GPTJ).save_pretrained(folder)
+    train_bpe([TEXT], VOCAB).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +50,8 @@ def written(source: Path, out: Path, kind: str, *flags: str) -> gguf.GGUFReader:
     return gguf.GGUFReader(out / f"model-{kind}.gguf")
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("q8_0", 1 / 127), ("q4_0", 1 / 8)])
-def test_tensors_are_those_of_the_package(kind: str, steps: float, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ERRORS)
+def test_tensors_are_those_of_the_package(kind: str, source: Path, tmp_path: Path) -> None:
     tensors = {tensor.name: tensor for tensor in written(source, tmp_path / "out", kind).tensors}
     weights = {name: value.detach().numpy() for name, value in hf_peers.peer(CONFIG).state_dict().items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, CONFIG.n_layers)
@@ -46,14 +63,85 @@ def test_tensors_are_those_of_the_package(kind: str, steps: float, source: Path,
         rows = weight.T if name.startswith("blk") and weight.ndim == 2 else weight
         found = tensors[name]
         assert found.shape.tolist() == list(rows.shape[::-1])  # ggml counts axes from the last
-        block = kind if name.startswith("blk") else "q8_0"
+        block = kind if name.startswith("blk") or kind[0] != "q" else "q8_0"
         plain = rows.ndim == 1 or name == "position_embd.weight"
         assert found.tensor_type.name == ("F32" if plain else block.upper()), name
         bytes_ = gguf.quantize(np.ascontiguousarray(rows), found.tensor_type)
         np.testing.assert_array_equal(found.data, bytes_, name)
         back = gguf.dequantize(found.data, found.tensor_type).reshape(rows.shape)
-        step = 0 if plain else np.abs(rows).max() * (1 / 127 if block == "q8_0" else steps)
+        step = 0 if plain else np.abs(rows).max() * ERRORS[block]
         assert np.abs(back - rows).max() <= 1.01 * step + 1e-9, name
+
+
+def test_gptj_is_phi2(gptj: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names and shapes that the package has for Phi-2, and rows whose halves turn as GPT-J's pairs do."""
+    read = written(gptj, tmp_path / "out", "f32")
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()):
+        assert "under the name of Phi" in text
+    fields = {name: field.contents() for name, field in read.fields.items()}
+    assert fields["general.architecture"] == "phi2"
+    assert fields["phi2.rope.dimension_count"] == 8
+    assert fields["phi2.attention.head_count"] == fields["phi2.attention.head_count_kv"] == 2
+    assert fields["phi2.feed_forward_length"] == 96
+    assert fields["phi2.rope.freq_base"] == 10000.0
+    tensors = {tensor.name: tensor.data for tensor in read.tensors}
+    known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.PHI2]
+    unused = {f"blk.{layer}.{name}" for layer in (0, 1) for name in ("attn_q", "attn_k", "attn_v", "ffn_norm")}
+    names = {gguf.TENSOR_NAMES[tensor].format(bid=layer) for tensor in known for layer in range(2)}
+    assert {name.rpartition(".")[0] for name in tensors} == names - unused
+    theirs = {name: value.detach().numpy() for name, value in hf_peers.peer(GPTJ).state_dict().items()}
+    qkv = tensors["blk.1.attn_qkv.weight"].reshape(3, 2, 32, 64)
+    q, k, v = (theirs[f"transformer.h.1.attn.{part}_proj.weight"].reshape(2, 32, 64) for part in "qkv")
+    np.testing.assert_array_equal(qkv[0, :, :4], q[:, 0:8:2])
+    np.testing.assert_array_equal(qkv[1, :, 4:8], k[:, 1:8:2])
+    np.testing.assert_array_equal(qkv[:2, :, 8:], np.stack([q, k])[:, :, 8:])
+    np.testing.assert_array_equal(qkv[2], v)
+    assert not tensors["blk.1.attn_qkv.bias"].any()
+    assert not tensors["blk.0.attn_output.bias"].any()
+    np.testing.assert_array_equal(tensors["output.bias"], theirs["lm_head.bias"])
+
+
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
+def test_gptj_is_read_back_as_it_was(kind: str, gptj: Path, tmp_path: Path) -> None:
+    read = written(gptj, tmp_path / "out", kind)
+    back = open_gguf(tmp_path / "out" / f"model-{kind}.gguf", GPTJ)
+    theirs = {name: value.detach().numpy() for name, value in hf_peers.peer(GPTJ).state_dict().items()}
+    assert back.entries.keys() == theirs.keys()
+    assert len(read.tensors) == 2 * 10 + 5
+    for name, entry in back.entries.items():
+        error = np.abs(entry.map() - theirs[name]).max()
+        assert error <= (0 if theirs[name].ndim == 1 else np.abs(theirs[name]).max() * ERRORS[kind] * 1.01), name
+
+
+def test_modelfile_for_ollama(gptj: Path, tmp_path: Path) -> None:
+    written(gptj, tmp_path / "out", "q8_0")
+    assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./model-q8_0.gguf\nPARAMETER num_ctx 32\n"
+
+
+@pytest.mark.parametrize(("kind", "value"), [("f16", 7e4), ("q4_1", 7e4), ("q8_0", 9e6), ("q4_0", 6e5)])
+def test_what_16_bits_do_not_hold_is_named(
+    kind: str, value: float, gptj: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = shutil.copytree(gptj, tmp_path / "spoilt")
+
+    def spoil(tensors: dict) -> dict:
+        tensors["transformer.h.1.mlp.fc_in.weight"][3, 5] = value
+        return tensors
+
+    hf_peers.rewrite(spoilt, spoil)
+    assert cli.main(["quantize", str(spoilt), "--format", f"gguf-{kind}", "--out", str(tmp_path / "out")]) == 2
+    assert f"model.layers.1.mlp.fc1.weight reaches {value:.4g}, and {kind}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    written(spoilt, tmp_path / "out", "bf16")
+
+
+def test_rows_of_any_length_in_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / "odd"
+    hf_peers.peer(GPT2Config(vocab_size=VOCAB, n_positions=16, n_layers=1, n_heads=2, d_model=40)).save_pretrained(odd)
+    train_bpe([TEXT], VOCAB).save(odd)
+    assert cli.main(["quantize", str(odd), "--format", "gguf-q4_1", "--out", str(tmp_path / "out")]) == 2
+    assert "gguf-f16 and int8 are for such a model" in capsys.readouterr().err
+    written(odd, tmp_path / "out", "f16")
 
 
 def test_settings_and_vocabulary(source: Path, tmp_path: Path) -> None:

@@ -15,8 +15,13 @@ ODD_HEADS = dataclasses.replace(tiny.GPTJ, n_heads=3, d_model=30, rotary_dim=6, 
 ONE_HEAD = dataclasses.replace(tiny.GPTJ, n_heads=1, d_model=12, rotary_dim=12, n_layers=1, vocab_multiple=128)
 
 
+TIED = dataclasses.replace(tiny.GPTJ, tied_head=True)
+
+
 @pytest.mark.parametrize(
-    "config", [tiny.GPTJ, ODD_HEADS, ONE_HEAD], ids=["rotary below head", "odd heads", "rotary whole head"]
+    "config",
+    [tiny.GPTJ, ODD_HEADS, ONE_HEAD, TIED],
+    ids=["rotary below head", "odd heads", "rotary whole head", "tied"],
 )
 def test_logits_and_gradients_equal_transformers(config: gptj.GPTJConfig) -> None:
     assert_equals_transformers(config)

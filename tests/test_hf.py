@@ -277,8 +277,8 @@ def test_folder_without_a_model_is_refused(folder):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt2', 'gptj'"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"activation_function": "tanh"}, "activation_function is 'tanh'"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"n_layer": "12"}, "n_layer is '12'; a whole number"),
         ({"attn_pdrop": "no"}, "attn_pdrop is 'no'; a number"),

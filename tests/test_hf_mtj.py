@@ -285,6 +285,7 @@ def test_other_layouts_are_refused_by_name(folder):
         ({}, 3, "give a power of two"),
         ({}, 16, "16 shards do not divide n_heads=8"),
         ({"vocab_size": 63}, 2, "2 shards do not divide vocab_size=63"),
+        ({"tied_head": True}, 2, "this model's is its embedding"),
         ({"d_ff": 64}, 2, "knows only d_ff = 4 d_model"),
     ],
 )

@@ -122,7 +122,7 @@ def test_pickle_that_does_something_is_refused_and_not_run(gpt2_folder, tmp_path
         ({0: torch.zeros(2)}, "holds 0"),
         ({"wte.weight": torch.eye(3).to_sparse()}, "not a plain tensor"),
         ({"wte.weight": torch.zeros(97, 16, dtype=torch.int8)}, r"dtype: transformer.wte.weight is int8"),
-        ({"wte.weight": torch.zeros(97, 16, dtype=torch.float64)}, r"dtype: transformer.wte.weight is F64"),
+        ({"wte.weight": torch.zeros(97, 16, dtype=torch.complex64)}, r"dtype: transformer.wte.weight is complex64"),
     ],
 )
 def test_torch_file_of_anything_but_tensors_is_refused(gpt2_folder, tmp_path, content, message):

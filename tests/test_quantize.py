@@ -200,10 +200,9 @@ def test_a_run_is_measured_on_its_own_text(finished_gpt2: Path, tmp_path: Path) 
 
 def test_refusals(sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     say = functools.partial(refused, capsys, tmp_path / "out")
-    gpt2, gptj = str(sources["gpt2"]), str(sources["gptj"])
+    gpt2 = str(sources["gpt2"])
     assert "--double-quant is for nf4" in say(gpt2, "--format", "int8", "--double-quant")
     assert "--double-quant is of nf4" in say(gpt2, "--format", "gguf-q8_0", "--double-quant")
-    assert "no GPT-J" in say(gptj, "--format", "gguf-q4_0")
     done = quantized(sources["gpt2"], tmp_path / "done", "--format", "fp4")
     assert "quantized already" in say(str(done), "--format", "nf4")
     capsys.readouterr()

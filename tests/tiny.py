@@ -92,10 +92,17 @@ def torch_peer(config: ModelConfig, values: dict[str, np.ndarray] | None = None)
         "resid_pdrop": 0.0,
     }
     if isinstance(config, GPT2Config):
-        made = transformers.GPT2Config(**settings, tie_word_embeddings=config.tied_head)
+        made = transformers.GPT2Config(
+            **settings, tie_word_embeddings=config.tied_head,
+            activation_function={"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+            scale_attn_by_inverse_layer_idx=config.inverse_layer_attention,
+        )  # fmt: skip
         peer = transformers.GPT2LMHeadModel(made)
     else:
-        peer = transformers.GPTJForCausalLM(transformers.GPTJConfig(**settings, rotary_dim=config.rotary_dim))
+        made = transformers.GPTJConfig(
+            **settings, rotary_dim=config.rotary_dim, tie_word_embeddings=config.tied_head
+        )  # fmt: skip
+        peer = transformers.GPTJForCausalLM(made)
     state = {key: torch.from_numpy(value) for key, value in stored(config, values).items()}
     missing = peer.load_state_dict(state, strict=False).missing_keys
     assert all(key == "lm_head.weight" for key in missing), missing  # tied: it is wte

@@ -99,8 +99,9 @@ def fields_table(cls: type, called: Callable[[str, bool], str] = as_field) -> li
     marked = typing.get_type_hints(cls, include_extras=True)
     lines = ["| name | type | default | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
-        positional = tyro.conf.Positional in getattr(marked[field.name], "__metadata__", ())
-        name, kind = called(field.name, positional), code(spelled(hints[field.name]))
+        marks = getattr(marked[field.name], "__metadata__", ())
+        own = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+        name, kind = called(own, tyro.conf.Positional in marks), code(spelled(hints[field.name]))
         lines.append(f"| `{name}` | {kind} | {default_of(field)} | {cell(texts[field.name])} |")
     return [*lines, ""]
 

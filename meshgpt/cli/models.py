@@ -20,7 +20,7 @@ from meshgpt.models.precision import Float, Precision
 from meshgpt.settings import settings
 from meshgpt.training import finish
 from meshgpt.training.load import open_adapters, open_trained
-from meshgpt.training.pretrained import import_model
+from meshgpt.training.pretrained import base_for_others, import_model
 from meshgpt.training.trackers import progress_bar
 
 Source = Annotated[Path, tyro.conf.Positional]
@@ -113,6 +113,9 @@ class ExportArguments:
     """Folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights that are written."""
+    family: Annotated[Literal["own", "phi"], tyro.conf.arg(name="as")] = "own"
+    """The name that the model goes by: `own`, or `phi`, under which GPT-J is known to more programs (the same model,
+    its numbers in other places)."""
     mesh: MeshShape = MeshShape()
     """How devices are arranged."""
     step: int | None = None
@@ -127,6 +130,10 @@ class ExportArguments:
     def __post_init__(self) -> None:
         if self.merge and self.adapter:
             raise UserError("--merge writes a whole model and --adapter the adapters alone: give one of them")
+        if self.adapter and self.family != "own":
+            raise UserError(
+                f"--as {self.family} writes a whole model and --adapter the adapters alone: give one of them"
+            )
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -139,11 +146,13 @@ def export(arguments: Sequence[str]) -> None:
             _export_adapter(asked)
         return
     with jax.set_mesh(mesh), progress_bar() as report:
-        trained = open_trained(asked.source, Precision(compute="float32"), print, asked.step)
+        precision = Precision(compute="float32")
+        trained = open_trained(asked.source, precision, print, asked.step, needs_tokenizer=False)
         verdict = finish.export_model(
             trained,
             asked.out,
             dtype=asked.dtype,
+            family=asked.family,
             replace=asked.overwrite,
             release=True,
             on_progress=lambda done, total: report("writing", done, total),
@@ -154,8 +163,10 @@ def export(arguments: Sequence[str]) -> None:
 
 def _export_adapter(asked: ExportArguments) -> None:
     found = open_adapters(asked.source, print, asked.step)
-    base = found.run.init
+    base, problem = base_for_others(found.run.init)
     print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.overwrite))
+    if problem:
+        print(problem)
     print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -32,7 +32,10 @@ from meshgpt.training.run_folder import RunFolder
 from meshgpt.training.trackers import progress_bar
 from meshgpt.trees import Tree
 
-Format: TypeAlias = Literal["nf4", "fp4", "int8", "gguf-q8_0", "gguf-q4_0"]
+Format: TypeAlias = Literal[
+    "nf4", "fp4", "int8",
+    "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0",
+]  # fmt: skip
 
 _HELD_OUT_TOKENS = 100_000  # of a run's own held-out text
 
@@ -51,8 +54,8 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional]
     """A run's folder, an imported one, a Hugging Face folder or a hub id (owner/name)."""
     format: Format
-    """What to write: `nf4` and `fp4` take 4 bits a weight in blocks of 64, `int8` rows of 8 bits, and `gguf-q8_0` and
-    `gguf-q4_0` make a file for llama.cpp (GPT-2 only)."""
+    """What to write: `nf4` and `fp4` take 4 bits a weight in blocks of 64, `int8` rows of 8 bits, and `gguf-...` make a
+    file for llama.cpp and Ollama, of GPT-J under the name of Phi (the same model)."""
     out: Path
     """Folder to write."""
     double_quant: bool = False
@@ -75,7 +78,7 @@ class Opened:
     """A model to be quantized. contents: its tensors, one at a time. load: its parameters for a model, on the mesh."""
 
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     contents: Callable[[], convert.Contents]
     load: Callable[[Model], Tree]
     texts: dict[str, list[str]]  # its own held-out text
@@ -94,12 +97,19 @@ def quantize(arguments: Sequence[str]) -> None:
         model = Model(config=opened.config, precision=Precision())
         measure = functools.partial(_measure, model, opened.tokenizer, mesh, texts or opened.texts, questions, report)
         form.check(opened.config, opened.tokenizer)
+        if opened.tokenizer is None and (texts or questions):
+            raise UserError(
+                f"{asked.source} has no tokenizer, which --eval-text and --eval-choices need: copy the model's "
+                "tokenizer.json into it, or leave them out"
+            )
+        note = form.note(opened.config) if isinstance(form, convert.GgufForm) else ""
+        note = convert.NO_TOKENIZER if opened.tokenizer is None else note
         before = measure(opened.load(model)) if texts or questions or opened.texts else {}
 
         def finish(folder: Path) -> None:
             after = measure(form.load(folder, opened.config, model.abstract_params())) if before else {}
             table = quality_table(before, after, _bytes_before(opened.config), sum(_sizes(folder)))
-            text = front_matter_of(_front(asked)) + to_markdown(_card(asked, opened, table), "")
+            text = front_matter_of(_front(asked)) + to_markdown(_card(asked, note, table), "")
             (folder / "README.md").write_text(text, encoding="utf-8")
             print("\n".join(_lines(table)))
 
@@ -107,6 +117,8 @@ def quantize(arguments: Sequence[str]) -> None:
             opened.contents(), opened.config, opened.tokenizer, form, asked.out, finish,
             lambda done, total: report("quantizing", done, total),
         )  # fmt: skip
+    if note:
+        print(note)
     print(f"{asked.out} is ready: {_use(asked)}")
 
 
@@ -115,22 +127,22 @@ def _form(asked: Arguments) -> convert.Form:
         return convert.BnbForm(kind=asked.format, double_quant=asked.double_quant, dtype=asked.dtype)
     if asked.double_quant:
         raise UserError(f"--double-quant is of nf4 and fp4; {asked.format} has no such thing")
-    return convert.GgufForm(kind="q8_0" if asked.format == "gguf-q8_0" else "q4_0")
+    return convert.GgufForm(kind=cast(convert.GgufKind, asked.format.removeprefix("gguf-")))
 
 
 def open_for_quantizing(source: str, step: int | None = None) -> Opened:
     """What is at `source`, on the mesh that is set; nothing is read yet, except of a run or an imported folder.
 
     Raises:
-      UserError: what opening it raises, no tokenizer, or a model that is quantized already.
+      UserError: what opening it raises, or a model that is quantized already.
     """
     folder = Path(source).expanduser()
     if (folder / "run.json").is_file() or (folder / RECORD).is_file():
-        trained = open_trained(folder, Precision(compute="float32"), print, step)
+        trained = open_trained(folder, Precision(compute="float32"), print, step, needs_tokenizer=False)
         config, params = trained.model.config, trained.params
         return Opened(
             config=config,
-            tokenizer=trained.tokenizer,
+            tokenizer=trained.its_tokenizer,
             contents=lambda: convert.live_tensors(params, config, np.dtype(np.float32)),
             load=lambda model: params,
             texts=_held_out(RunFolder(folder)) if (folder / "run.json").is_file() else {},
@@ -140,11 +152,9 @@ def open_for_quantizing(source: str, step: int | None = None) -> Opened:
     opened = convert.open_source(source)
     if convert.is_quantized(opened.tensors):
         raise UserError(f"{source} is quantized already: name the model that it was made from")
-    if opened.tokenizer is None:
-        raise UserError(f"{source} has no tokenizer: copy the model's tokenizer.json into it")
     return Opened(
         config=opened.config,
-        tokenizer=load_tokenizer(opened.tokenizer),
+        tokenizer=None if opened.tokenizer is None else load_tokenizer(opened.tokenizer),
         contents=lambda: convert.contents_of(opened.tensors, opened.config),
         load=lambda model: opened.load(model.abstract_params()),
         texts={},
@@ -178,7 +188,7 @@ def _held_out(folder: RunFolder) -> dict[str, list[str]]:
 
 def _measure(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     mesh: jax.sharding.Mesh,
     texts: dict[str, list[str]],
     questions: dict[str, list[choices.Question]],
@@ -186,6 +196,7 @@ def _measure(
     params: Tree,
 ) -> dict[str, float]:
     """Each figure by its name."""
+    assert tokenizer is not None, "checked"
     scorer = Scorer(model, params, mesh)
     found: dict[str, float] = {}
     for name, documents in texts.items():
@@ -234,12 +245,13 @@ def _front(asked: Arguments) -> dict[str, Any]:
     return fields | ({"base_model": base, "base_model_relation": "quantized"} if base else {})
 
 
-def _card(asked: Arguments, opened: Opened, table: Table) -> list[Block]:
+def _card(asked: Arguments, note: str, table: Table) -> list[Block]:
     double = ", double quantization" if asked.double_quant else ""
     what = f"{asked.source}, quantized to {asked.format}{double} with meshgpt {meshgpt.__version__}."
     return [
         Heading(level=1, text=asked.out.name),
         Text(text=f"{what} Its licence, training and limitations are those of that model: see its card."),
+        *([Text(text=f"For whoever loads it: {note}.")] if note else []),
         Heading(level=2, text="Before and after"),
         table,
         Heading(level=2, text="How to use"),

@@ -61,9 +61,9 @@ class BnbForm:
     def marker(self) -> str:
         return "config.json"
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         """Raises UserError: a matrix whose rows are not a multiple of the block, or a tokenizer of another model."""
-        if tokenizer.vocab_size > config.vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}: "
                 "quantize it with the tokenizer that it was trained with"
@@ -87,7 +87,7 @@ class BnbForm:
         self,
         contents: Contents,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> None:

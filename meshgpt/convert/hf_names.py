@@ -21,6 +21,8 @@ ModelConfig = GPT2Config | GPTJConfig
 # Constants that old checkpoints carry along: causal masks, the value they mask with, the table of rotary angles.
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 
+_WRAPPERS = ("_orig_mod.", "module.")
+
 _STRIP = 16  # columns of a transpose that are copied at once
 
 
@@ -58,7 +60,7 @@ def stored_tensors(config: ModelConfig) -> list[Stored]:
         Stored(name="transformer.ln_f.weight", shape=(D,), paths=("ln_f/scale_D",)),
         Stored(name="transformer.ln_f.bias", shape=(D,), paths=("ln_f/bias_D",)),
     ]
-    if isinstance(config, GPTJConfig) or not config.tied_head:
+    if not config.tied_head:
         tensors += [Stored(name="lm_head.weight", shape=(V, D), paths=("head_VD",))]
     if isinstance(config, GPTJConfig):
         tensors += [Stored(name="lm_head.bias", shape=(V,), paths=("head_bias_V",))]
@@ -121,8 +123,13 @@ def by_path(tensors: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def canonical(name: str) -> str:
-    """The name as `save_pretrained` writes it; checkpoints of the bare model lack the `transformer.` prefix."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    """The name as `save_pretrained` writes it; checkpoints of the bare model lack the `transformer.` prefix.
+
+    What torch.compile and DataParallel put before names goes. `model.` is Phi's (see `phi`).
+    """
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name if name.startswith(("transformer.", "lm_head.", "model.")) else f"transformer.{name}"
 
 
 def to_stored(tensor: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -6,6 +6,7 @@ memory-mapped file.
 """
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -13,13 +14,16 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from meshgpt import trees
-from meshgpt.convert import bitsandbytes_read, safetensor
+from meshgpt.convert import bitsandbytes_read, phi, safetensor
 from meshgpt.convert.hf_config import ModelConfig
 from meshgpt.convert.hf_names import BUFFERS, Stored, by_path, from_stored, stored_tensors
 from meshgpt.convert.stacking import stacked
 from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
+from meshgpt.models.gptj import GPTJConfig
 from meshgpt.models.quantized import Place
+
+_OF_THE_MODEL = re.compile(r"(transformer\.(wte|wpe|ln_f|h\.\d+)|lm_head|model)\.")
 
 
 def load(folder: Path, config: ModelConfig, abstract: trees.Tree) -> trees.Tree:
@@ -68,13 +72,24 @@ def _placed(tensors: Tensors, config: ModelConfig, abstract: trees.Tree, quantiz
 def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
     """The tensors of `config`, without the constants and the copies that a checkpoint may carry along.
 
-    Matrices that bitsandbytes quantized become one entry each, whose contents are dequantized (`bnb_read.plain`).
+    Matrices that bitsandbytes quantized become one entry each, whose contents are dequantized (`bnb_read.plain`). A Phi
+    becomes the GPT-J that it is (`phi.as_gptj`).
 
     Raises:
       UserError: listing all that is missing, unexpected, misshapen or of a dtype that is not a float's.
     """
-    wanted = {tensor.name: tensor.shape for tensor in stored_tensors(config)}
-    tensors = bitsandbytes_read.plain(tensors, config)
+    if isinstance(config, GPTJConfig) and phi.is_phi(tensors):
+        return phi.as_gptj(_complete(tensors, phi.stored_tensors(config)), config)
+    return _complete(bitsandbytes_read.plain(tensors, config), stored_tensors(config))
+
+
+def heads_of_others(tensors: Tensors) -> list[str]:
+    """Names of tensors beside the model proper: heads that other tools add, such as `v_head` and `score`."""
+    return [name for name in tensors.entries if _OF_THE_MODEL.match(name) is None]
+
+
+def _complete(tensors: Tensors, expected: list[Stored]) -> Tensors:
+    wanted = {tensor.name: tensor.shape for tensor in expected}
     found = {name: entry for name, entry in tensors.entries.items() if BUFFERS.fullmatch(name) is None}
     if "lm_head.weight" in found and "lm_head.weight" not in wanted:
         _check_tied(tensors)
@@ -85,19 +100,24 @@ def fitting(tensors: Tensors, config: ModelConfig) -> Tensors:
             problems.append(f"unexpected: {name} {entry.shape}")
         elif entry.shape != wanted[name]:
             problems.append(f"shape: {name} is {entry.shape}, and the configuration says {wanted[name]}")
-        elif entry.code not in safetensor.DTYPES:
-            problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.DTYPES)}")
+        elif entry.code not in safetensor.READ_DTYPES:
+            problems.append(f"dtype: {name} is {entry.code}; supported: {', '.join(safetensor.READ_DTYPES)}")
     if problems:
-        raise UserError(
-            f"{tensors.origin}: {len(problems)} tensors do not fit its configuration:\n  " + "\n  ".join(problems)
-        )
+        listed = "\n  ".join([f"{len(problems)} tensors do not fit its configuration:", *problems])
+        others = [name for name in heads_of_others(tensors) if name in found]
+        remedy = "\nheads that another tool added are left out by meshgpt import --ignore-extra" if others else ""
+        raise UserError(f"{tensors.origin}: {listed}{remedy}")
     return Tensors(origin=tensors.origin, entries=found)
 
 
 def _check_tied(tensors: Tensors) -> None:
     """A tied model may carry its head as a copy of the embedding; a head that differs is another model."""
     head, table = tensors.entries["lm_head.weight"], tensors.entries.get("transformer.wte.weight")
-    same = table is not None and (head.code, head.shape) == (table.code, table.shape) and head.code in safetensor.DTYPES
+    same = (
+        table is not None
+        and (head.code, head.shape) == (table.code, table.shape)
+        and head.code in safetensor.READ_DTYPES
+    )
     if table is None or not same or not np.array_equal(head.map(), table.map()):
         raise UserError(
             f"{tensors.origin}: lm_head.weight differs from the embedding, yet the configuration ties them; "

@@ -71,6 +71,8 @@ def _check(config: GPTJConfig, shards: int) -> None:
     for name, size in (("n_heads", config.n_heads), ("vocab_size", config.vocab_size)):
         if size % shards:
             raise UserError(f"{shards} shards do not divide {name}={size}: use fewer, or resize it on import")
+    if config.tied_head:
+        raise UserError("Mesh-Transformer-JAX has a head of its own, and this model's is its embedding")
     if config.mlp_width != 4 * config.d_model or config.layer_norm_eps != 1e-5:
         raise UserError(
             f"Mesh-Transformer-JAX knows only d_ff = 4 d_model and layer_norm_eps = 1e-5; "

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from meshgpt import trees
 from meshgpt.convert.atomic_folder import staged
 from meshgpt.convert.bitsandbytes_read import LowBit
@@ -21,7 +23,7 @@ class Form(Protocol):
         """The file that says that a folder holds such a model."""
         ...
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         """Raises UserError for a model that this form does not hold."""
         ...
 
@@ -33,7 +35,7 @@ class Form(Protocol):
         self,
         contents: Contents,
         config: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         folder: Path,
         on_progress: Callable[[int, int], None],
     ) -> None:
@@ -48,7 +50,7 @@ class Form(Protocol):
 def quantize(
     contents: Contents,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     form: Form,
     out: Path,
     finish: Callable[[Path], None],
@@ -58,6 +60,7 @@ def quantize(
 
     Args:
       contents: every tensor of `config`, in the order of `stored_tensors`.
+      tokenizer: None leaves it out, where `form` can.
       finish: is called with the folder before it gets its name, to measure it or add files.
       on_progress: called with tensors written and tensors in all.
 
@@ -71,8 +74,11 @@ def quantize(
 
 
 def contents_of(tensors: Tensors, config: ModelConfig) -> Contents:
-    """The tensors of a checkpoint, which are those of `config`, mapped one at a time."""
-    return ((tensor, tensors.entries[tensor.name].map()) for tensor in stored_tensors(config))
+    """The tensors of a checkpoint, which are those of `config`, mapped one at a time; float64 is rounded to float32."""
+    for tensor in stored_tensors(config):
+        array = tensors.entries[tensor.name].map()
+        with np.errstate(over="ignore"):  # whoever writes it says what is not finite, by name
+            yield tensor, array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def is_quantized(tensors: Tensors) -> bool:

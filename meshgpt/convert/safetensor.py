@@ -25,8 +25,10 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What is read besides, and rounded on the way.
+READ_DTYPES = DTYPES | {"F64": np.dtype(np.float64)}
 _BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}  # what quantized weights are kept in
-_CODES = {dtype: code for code, dtype in (DTYPES | _BYTES).items()}
+_CODES = {dtype: code for code, dtype in (READ_DTYPES | _BYTES).items()}
 _OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
@@ -42,7 +44,7 @@ class Entry:
 
     def map(self) -> np.ndarray:
         """The tensor, memory-mapped read-only for as long as the array lives."""
-        dtype = (DTYPES | _BYTES)[self.code]
+        dtype = (READ_DTYPES | _BYTES)[self.code]
         if math.prod(self.shape) == 0:
             return np.empty(self.shape, dtype)
         return np.memmap(self.file, dtype, "r", self.start, self.shape)

@@ -8,7 +8,7 @@ from meshgpt.convert import hub, mesh_transformer_read
 from meshgpt.convert.adam_state import Moments
 from meshgpt.convert.hf_config import read_config
 from meshgpt.convert.hf_names import ModelConfig
-from meshgpt.convert.hf_read import fitting, place, place_as_kept
+from meshgpt.convert.hf_read import fitting, heads_of_others, place, place_as_kept
 from meshgpt.convert.surgery import Surgery, operate
 from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
@@ -20,7 +20,8 @@ class Source:
 
     origin: what it was opened by. config: its architecture, after surgery. tokenizer: the folder that `load_tokenizer`
     reads, None if there is none. step: updates it was trained for, 0 where the format does not say. notes: what was
-    decided or changed on the way, to be said and recorded. adam: None where `load_moments` has nothing to load.
+    decided or changed on the way, to be said and recorded. changed: whether surgery made another model of it. adam:
+    None where `load_moments` has nothing to load.
     """
 
     origin: str
@@ -28,6 +29,7 @@ class Source:
     tokenizer: Path | None
     step: int
     notes: tuple[str, ...]
+    changed: bool
     tensors: Tensors
     adam: mesh_transformer_read.Adam | None
 
@@ -71,13 +73,21 @@ def open_source(source: str, surgery: Surgery = Surgery()) -> Source:
             raise UserError(f"{source} is neither a folder nor a model's id on the hub (owner/name)")
         folder = hub.download(source)
     config = read_config(folder)
-    tensors, config, notes = operate(fitting(open_tensors(folder), config), config, surgery)
+    found = open_tensors(folder)
+    ignored = heads_of_others(found) if surgery.ignore_extra else []
+    kept = {name: entry for name, entry in found.entries.items() if name not in ignored}
+    found = fitting(Tensors(origin=found.origin, entries=kept), config)
+    tensors, config, changes = operate(found, config, surgery)
+    notes = [f"left out, as --ignore-extra asks: {', '.join(ignored)}"] if ignored else []
+    if any(entry.code == "F64" for entry in found.entries.values()):
+        notes.append("weights in float64 are rounded to float32")
     return Source(
         origin=source,
         config=config,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer_of(folder),
         step=0,
-        notes=notes,
+        notes=(*notes, *changes),
+        changed=bool(changes),
         tensors=tensors,
         adam=None,
     )
@@ -93,14 +103,16 @@ def _from_mesh_transformer(source: str, folder: Path, surgery: Surgery) -> Sourc
     return Source(
         origin=source,
         config=config,
-        tokenizer=_tokenizer(folder),
+        tokenizer=tokenizer_of(folder),
         step=found.step,
         notes=tuple(notes),
+        changed=bool(changes),
         tensors=tensors,
         adam=adam,
     )
 
 
-def _tokenizer(folder: Path) -> Path | None:
+def tokenizer_of(folder: Path) -> Path | None:
+    """`folder` where `load_tokenizer` finds one in it."""
     there = any(folder.glob("*.model")) or any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return folder if there else None

@@ -35,6 +35,9 @@ class Surgery:
     """How GPT-2's table of positions becomes longer: `interpolate` stretches it over the new length, linearly between
     neighbours, so that every row changes and the order of positions is kept; `tile` repeats it, so that the old length
     computes what it did."""
+    ignore_extra: bool = False
+    """Leave out the heads that other tools put beside the model, such as `v_head` and `score`; what is left out is
+    said. Tensors that belong in the model are never left out."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from meshgpt.convert.hf_names import ModelConfig
 from meshgpt.convert.json_file import write_json
-from meshgpt.data.special_tokens import GENERATION, check_carried
+from meshgpt.data.special_tokens import GENERATION, TokenizerFiles, check_carried
 from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.errors import UserError
 
@@ -18,25 +18,39 @@ _ONLY_SENTENCEPIECE = (
 )
 
 
-def special_ids(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id` and the like for config.json: as the tokenizer's source has them."""
+NO_TOKENIZER = (
+    "there is no tokenizer: the folder has weights and settings alone, and no end of text; copy the model's "
+    "tokenizer.json into it, or give token ids"
+)
+
+
+def special_ids(tokenizer: Tokenizer | None, config: ModelConfig) -> dict[str, Any]:
+    """`bos_token_id`, `eos_token_id` and the like for config.json, as the tokenizer's source has them."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
     return tokenizer.stated.model_ids(tokenizer.eot_id, tokenizer.prefix_id, config.vocab_size)
 
 
-def save_files(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
-    """Saves the tokenizer and generation_config.json beside a config.json, and holds them against their source.
+def save_files(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -> None:
+    """Saves the tokenizer, if any, and generation_config.json beside a config.json; compares them with their source.
 
     Raises:
       UserError: naming what the folder that the tokenizer came from states and `folder` does not.
     """
+    ids = special_ids(tokenizer, config)
+    if tokenizer is None:
+        write_json(folder / GENERATION, TokenizerFiles().generation(ids))
+        return
     tokenizer.save(folder)
-    write_json(folder / GENERATION, tokenizer.stated.generation(special_ids(tokenizer, config)))
+    write_json(folder / GENERATION, tokenizer.stated.generation(ids))
     source = tokenizer.stated.folder
     if source is not None and source.is_dir():
         check_carried(source, folder, config.vocab_size)
 
 
-def save_tokenizer(tokenizer: Tokenizer, config: ModelConfig, folder: Path, tokens_BT: np.ndarray) -> tuple[str, ...]:
+def save_tokenizer(
+    tokenizer: Tokenizer | None, config: ModelConfig, folder: Path, tokens_BT: np.ndarray
+) -> tuple[str, ...]:
     """Saves `tokenizer` into `folder`, as `save_files` does, and gives what has to be said about it.
 
     Where there is a tokenizer.json (which is what transformers, vllm and llama.cpp read), it is opened again and has to
@@ -46,6 +60,8 @@ def save_tokenizer(tokenizer: Tokenizer, config: ModelConfig, folder: Path, toke
       UserError: naming the first text on which the ids differ.
     """
     save_files(tokenizer, config, folder)
+    if tokenizer is None:
+        return (NO_TOKENIZER,)
     if not (folder / "tokenizer.json").is_file():
         return (_ONLY_SENTENCEPIECE,)
     import tokenizers

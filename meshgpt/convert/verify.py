@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from meshgpt import trees
-from meshgpt.convert import safetensor
+from meshgpt.convert import phi, safetensor
 from meshgpt.convert.gather import live_tensors
 from meshgpt.convert.hf_config import ModelConfig, read_config
 from meshgpt.convert.hf_names import stored_tensors
-from meshgpt.convert.hf_read import load
+from meshgpt.convert.hf_read import fitting, load
 from meshgpt.convert.tensors import Tensors, open_tensors
 from meshgpt.errors import UserError
+from meshgpt.models.gptj import GPTJConfig
 
 # Of the spread of the live logits. Equal parameters give equal logits, but for a kernel that is not deterministic;
 # parameters rounded to 16 bits move them by a few percent; one misplaced tensor moves them by their whole spread.
@@ -75,6 +76,8 @@ def read_back(folder: Path, params: trees.Tree, config: ModelConfig, probe: Prob
     if found != wanted:
         raise UserError(f"{folder}/config.json reads back as {found}, and the live model is {wanted}")
     tensors = open_tensors(folder)
+    if isinstance(config, GPTJConfig) and phi.is_phi(tensors):
+        tensors = fitting(tensors, config)
     parameters = _compare_count(tensors, config)
     compare_tensors(tensors, params, config)
     logits = _logits(probe, params, config)

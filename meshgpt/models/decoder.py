@@ -15,7 +15,7 @@ from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import Context, Execution, LayerNorm, weight
-from meshgpt.models.scan import run_stack, unstack
+from meshgpt.models.scan import OfLayer, run_stack, unstack
 from meshgpt.settings import settings
 
 
@@ -79,6 +79,7 @@ class Decoder(nnx.Module, abc.ABC):
     shape: Shape
     execution: Execution
     dtype: jnp.dtype
+    numbered: bool = False  # whether its blocks ask for their layer
     wte_VD: nnx.Param
     blocks: nnx.Module
     ln_f: LayerNorm
@@ -122,10 +123,11 @@ class Decoder(nnx.Module, abc.ABC):
     def apply_blocks(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """Embedded tokens through all blocks and the final norm, (B, T, D)."""
 
-        def block(one: nnx.Module, x: jax.Array, key: jax.Array | None) -> jax.Array:
-            return one(x, dataclasses.replace(context, key=key), None)[0]
+        def block(one: nnx.Module, x: jax.Array, of_layer: OfLayer) -> jax.Array:
+            return one(x, dataclasses.replace(context, key=of_layer.key, layer=of_layer.number), None)[0]
 
-        x_BTD = run_stack(block, self.blocks, x_BTD, context.split(4), self.shape.n_layers, self.execution)
+        layers = self.shape.n_layers
+        x_BTD = run_stack(block, self.blocks, x_BTD, context.split(4), layers, self.execution, numbered=self.numbered)
         return self.ln_f(x_BTD)
 
     def forward_cached(
@@ -143,8 +145,9 @@ class Decoder(nnx.Module, abc.ABC):
         context = self.context(positions_BT, slots, None)
         x_BTD = self.embed(tokens_BT, context)
         new = []
-        for block, cache in zip(blocks, caches, strict=True):
-            x_BTD, cache = block(x_BTD, context, cache)
+        for number, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+            here = dataclasses.replace(context, layer=jnp.int32(number)) if self.numbered else context
+            x_BTD, cache = block(x_BTD, here, cache)
             new.append(cache)
         return self.ln_f(x_BTD), tuple(new)
 

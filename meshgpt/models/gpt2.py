@@ -3,6 +3,9 @@
 Oracle: `GPT2LMHeadModel` of Hugging Face transformers. Legend: as in `layers`.
 """
 
+import dataclasses
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +15,8 @@ from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models.decoder import Decoder, Head, Shape
 from meshgpt.models.kv_cache import LayerCache, Slots
-from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, dropout, param, weight
-from meshgpt.settings import settings
+from meshgpt.models.layers import MLP, Activation, Attention, Context, Execution, LayerNorm, dropout, param, weight
+from meshgpt.settings import ADDED_LATER, settings
 
 INIT_STD = 0.02
 
@@ -37,12 +40,20 @@ class GPT2Config(Shape):
     resid_dropout: float = 0.0
     """Dropout rate of what attention and MLP add in training, in [0, 1) (Hugging Face's `resid_pdrop`, which is 0.1
     there)."""
+    activation: Activation = dataclasses.field(default="gelu_tanh", metadata={ADDED_LATER: True})
+    """The MLP's nonlinearity: `gelu_tanh` (GELU by its tanh approximation, as the published models have), `gelu`
+    (exact), `relu` or `silu`."""
+    inverse_layer_attention: bool = dataclasses.field(default=False, metadata={ADDED_LATER: True})
+    """Divide the attention scores of layer i, counted from 1, by i (Hugging Face's `scale_attn_by_inverse_layer_idx`,
+    which Stanford CRFM's models have)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("embd_dropout", "attn_dropout", "resid_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"model.{name}={getattr(self, name)}: give a rate in [0, 1)")
+        if self.activation not in get_args(Activation):
+            raise UserError(f"model.activation={self.activation!r}: give one of {', '.join(get_args(Activation))}")
 
 
 class Block(nnx.Module):
@@ -56,7 +67,7 @@ class Block(nnx.Module):
             config.d_model, config.n_heads, usual, small, config.attn_dropout, True, dtype, rngs, execution.attention
         )
         self.ln_2 = LayerNorm(config.d_model, config.layer_norm_eps, dtype)
-        self.mlp = MLP(config.d_model, config.mlp_width, usual, small, dtype, rngs)
+        self.mlp = MLP(config.d_model, config.mlp_width, usual, small, dtype, rngs, config.activation)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None
@@ -85,6 +96,7 @@ class GPT2(Decoder):
         self.blocks = jax.vmap(lambda r: Block(config, execution, params_dtype, r))(rngs.split(config.n_layers))
         self.ln_f = LayerNorm(width, config.layer_norm_eps, params_dtype)
         self.tied, self.rate = config.tied_head, config.embd_dropout
+        self.numbered = config.inverse_layer_attention
         if not config.tied_head:
             self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", normal(INIT_STD), params_dtype)
 

@@ -6,6 +6,8 @@ way). Initialisation as in Mesh-Transformer-JAX: normal deviates cut off at twic
 Legend: as in `layers`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,7 @@ from meshgpt.errors import UserError
 from meshgpt.models.decoder import Decoder, Head, Shape
 from meshgpt.models.kv_cache import LayerCache, Slots
 from meshgpt.models.layers import MLP, Attention, Context, Execution, LayerNorm, param, rotary_table
-from meshgpt.settings import settings
+from meshgpt.settings import ADDED_LATER, settings
 
 
 @settings("model")
@@ -30,6 +32,8 @@ class GPTJConfig(Shape):
     d_model: int = 4096
     rotary_dim: int = 64
     """Number of dimensions of each head that the rotary position embedding turns; even, and at most the head size."""
+    tied_head: bool = dataclasses.field(default=False, metadata={ADDED_LATER: True})
+    """Use the embedding as the head's weight; the published model does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +83,9 @@ class GPTJ(Decoder):
         self.wte_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", embedding, params_dtype)
         self.blocks = jax.vmap(lambda r: Block(config, execution, params_dtype, r))(rngs.split(config.n_layers))
         self.ln_f = LayerNorm(width, config.layer_norm_eps, params_dtype)
-        self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", head, params_dtype)
+        self.tied = config.tied_head
+        if not config.tied_head:
+            self.head_VD = param(rngs.params(), (vocab, width), "vocab_fsdp embed", head, params_dtype)
         self.head_bias_V = param(rngs.params(), (vocab,), "vocab", zeros, params_dtype)
 
     def context(self, positions_BT: jax.Array, slots: Slots | None, key: jax.Array | None) -> Context:
@@ -89,4 +95,8 @@ class GPTJ(Decoder):
         return self.lookup(tokens_BT)
 
     def head(self) -> Head:
-        return Head(self.head_VD.get_value(), self.head_bias_V.get_value(), self.shape.vocab_size)
+        return Head(
+            (self.wte_VD if self.tied else self.head_VD).get_value(),
+            self.head_bias_V.get_value(),
+            self.shape.vocab_size,
+        )

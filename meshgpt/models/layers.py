@@ -6,7 +6,7 @@ F d_ff, R rotary dimensions, V padded vocabulary.
 
 import dataclasses
 import functools
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -167,10 +167,31 @@ def _gelu_gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
 
 
-class MLP(nnx.Module):
-    """gelu(x up + up_bias) down + down_bias, GELU by its tanh approximation (`gelu_new` in Hugging Face)."""
+Activation: TypeAlias = Literal["gelu_tanh", "gelu", "relu", "silu"]
 
-    def __init__(self, width: int, hidden: int, up: Initializer, down: Initializer, dtype: jnp.dtype, rngs: nnx.Rngs):
+
+def activate(kind: Activation, x: jax.Array) -> jax.Array:
+    """The nonlinearity by its name; `gelu_tanh` is `gelu` above, and `gelu` the exact one."""
+    match kind:
+        case "gelu_tanh":
+            return gelu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "relu":
+            return jax.nn.relu(x)
+        case "silu":
+            return jax.nn.silu(x)
+
+
+class MLP(nnx.Module):
+    """f(x up + up_bias) down + down_bias, f being GELU by its tanh approximation (`gelu_new` in Hugging Face) or
+    another `activation`."""
+
+    def __init__(
+        self, width: int, hidden: int, up: Initializer, down: Initializer, dtype: jnp.dtype, rngs: nnx.Rngs,
+        activation: Activation = "gelu_tanh",
+    ):  # fmt: skip
+        self.activation: Activation = activation
         self.up_DF = param(rngs.params(), (width, hidden), "fsdp mlp", up, dtype)
         self.up_bias_F = param(rngs.params(), (hidden,), "mlp", zeros, dtype)
         self.down_FD = param(rngs.params(), (hidden, width), "mlp fsdp", down, dtype)
@@ -179,7 +200,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         u_BTF = bias_add(einsum("BTD,DF->BTF", x_BTD, self.up_DF, "batch seq mlp"), self.up_bias_F)
         u_BTF = checkpoint_name(u_BTF, "mlp_up")
-        y_BTD = einsum("BTF,FD->BTD", gelu(u_BTF), self.down_FD, "batch seq embed")
+        y_BTD = einsum("BTF,FD->BTD", activate(self.activation, u_BTF), self.down_FD, "batch seq embed")
         return bias_add(y_BTD, self.down_bias_D)
 
 
@@ -227,6 +248,7 @@ class Context:
     positions_BT: position of each token (first axis 1 when all rows agree). slots: with a cache, the tokens' place in
     it. rotary: `rotary_table`, for families that turn q and k. key: for dropout, or None.
     segments_BT: the document of each token, where attention must stay within documents.
+    layer: the block's number, from 0 on, for families whose scores shrink with it.
     """
 
     positions_BT: jax.Array
@@ -234,6 +256,7 @@ class Context:
     rotary: tuple[jax.Array, jax.Array] | None = None
     key: jax.Array | None = None
     segments_BT: jax.Array | None = None
+    layer: jax.Array | None = None
 
     def split(self, index: int) -> jax.Array | None:
         """The dropout key of use number `index`: 0 to 2 within a block; of a whole model 3 the embedding, 4 the blocks.
@@ -279,6 +302,8 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BTD, turned=context.rotary is not None)
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        if context.layer is not None:
+            q = (q.astype(jnp.float32) / (context.layer + 1).astype(jnp.float32)).astype(q.dtype)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         a_BTNH, cache = self._attend(q, k, v, context, cache)
         # jnp.einsum contracts axes in the alphabetical order of their letters. H before N would copy the weight and the

@@ -5,7 +5,7 @@ Legend: as in `layers`.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +35,31 @@ class Parts:
     last: Any
 
 
+class OfLayer(NamedTuple):
+    """What differs from layer to layer beside the parameters: stacked, or of one layer. key: of its dropout."""
+
+    key: jax.Array | None
+    number: jax.Array | None
+
+
 def run_stack(
-    block: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+    block: Callable[[Any, jax.Array, OfLayer], jax.Array],
     blocks: Any,
     x_BTD: jax.Array,
     key: jax.Array | None,
     layers: int,
     execution: Execution,
+    *,
+    numbered: bool = False,
 ) -> jax.Array:
-    """x through `layers` blocks whose tensors are stacked on a leading axis: block(one_block, x, key) -> x.
+    """x through `layers` blocks whose tensors are stacked on a leading axis: block(one_block, x, of_layer) -> x.
 
     Where they are `Parts`, the first go by themselves: no gradient passes them if none of theirs is asked for.
+    `numbered`: the blocks ask for their number, from 0 on; otherwise it is None.
     """
-    keys = None if key is None else jax.random.split(key, layers)
+    each = OfLayer(
+        key=None if key is None else jax.random.split(key, layers), number=jnp.arange(layers) if numbered else None
+    )
     if execution.remat == "offload":
         host_memory.require("execution.remat=offload", "take named, or full")
     done = 0
@@ -55,16 +67,17 @@ def run_stack(
         count = jax.tree.leaves(part)[0].shape[0]
         if not count:
             continue
-        x_BTD = _run_part(block, part, x_BTD, None if keys is None else keys[done : done + count], count, execution)
+        here = jax.tree.map(lambda stack, start=done, stop=done + count: stack[start:stop], each)
+        x_BTD = _run_part(block, part, x_BTD, here, count, execution)
         done += count
     return x_BTD
 
 
 def _run_part(
-    block: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+    block: Callable[[Any, jax.Array, OfLayer], jax.Array],
     blocks: Any,
     x_BTD: jax.Array,
-    keys: jax.Array | None,
+    each: OfLayer,
     layers: int,
     execution: Execution,
 ) -> jax.Array:
@@ -73,12 +86,12 @@ def _run_part(
         block = jax.checkpoint(block, policy=_POLICIES[execution.remat], prevent_cse=in_line)
     if not in_line:
 
-        def body(x: jax.Array, one: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, one: tuple[Any, OfLayer]) -> tuple[jax.Array, None]:
             return block(one[0], x, one[1]), None
 
-        return jax.lax.scan(body, x_BTD, (blocks, keys), unroll=execution.unroll)[0]
+        return jax.lax.scan(body, x_BTD, (blocks, each), unroll=execution.unroll)[0]
     for index, one in enumerate(unstack(blocks, layers)):
-        x_BTD = block(one, x_BTD, None if keys is None else keys[index])
+        x_BTD = block(one, x_BTD, jax.tree.map(lambda stack, index=index: stack[index], each))
     return x_BTD
 
 

@@ -88,13 +88,17 @@ def export_model(
     out: Path,
     *,
     dtype: Literal["float32", "bfloat16", "float16"],
+    family: Literal["own", "phi"] = "own",
     replace: bool = False,
     release: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> convert.Verdict:
     """Writes a Hugging Face folder of a model on the mesh that is set; a quantized one is dequantized.
 
+    Without a tokenizer the logits are compared on random ids.
+
     Args:
+      family: the name that the model goes by, see `convert.export`.
       release: the parameters are given up as they are written.
 
     Raises:
@@ -104,10 +108,13 @@ def export_model(
     model = dataclasses.replace(
         trained.model, precision=dataclasses.replace(trained.model.precision, compute="float32")
     )
-    tokens = np.asarray(trained.tokenizer.encode(_PROBE_TEXT), np.int32)
+    if trained.its_tokenizer is None:
+        tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, PROBE_TOKENS, np.int32)
+    else:
+        tokens = np.asarray(trained.its_tokenizer.encode(_PROBE_TEXT), np.int32)
     return convert.export(
-        plain(trained.params), model.config, trained.tokenizer, out, probe=probe(model, tokens), dtype=dtype,
-        replace=replace, release=release, on_progress=on_progress,
+        plain(trained.params), model.config, trained.its_tokenizer, out, probe=probe(model, tokens), dtype=dtype,
+        family=family, replace=replace, release=release, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from meshgpt.checkpoint.manager import Checkpointer
-from meshgpt.config import Run, differences, from_json, may_change, to_json
+from meshgpt.config import Run, changes, from_json, may_change
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError
 from meshgpt.models import flops
@@ -35,7 +35,7 @@ class ResumePoint:
 
     def changes(self, run: Run) -> dict[str, list[Any]]:
         """[then, now] of what `--resume-with-changes` has changed since, by dotted name."""
-        all_of_them = differences(self.metadata["run"], to_json(run))
+        all_of_them = changes(self.metadata["run"], run)
         return {name: [old, new] for name, old, new in all_of_them if may_change(name)}
 
 
@@ -144,21 +144,21 @@ def _history(
 ) -> list[dict[str, Any]]:
     """The changes of the run so far, those at `point` among them, which are said."""
     earlier = list(point.metadata.get("history", []))
-    changes = point.changes(run)
+    found = point.changes(run)
     jump = _rate_change(run, point)
     if jump:
-        everything = differences(point.metadata["run"], to_json(run))
-        changes |= {name: [old, new] for name, old, new in everything if name in _OF_THE_RATE}
+        everything = changes(point.metadata["run"], run)
+        found |= {name: [old, new] for name, old, new in everything if name in _OF_THE_RATE}
         notes = [*notes, jump]
-    if not changes:
+    if not found:
         return earlier
     sequence = sizes.before(point.step)
-    if "global_batch" in changes:
-        old, new = changes["global_batch"]
+    if "global_batch" in found:
+        old, new = found["global_batch"]
         notes = [*notes, f"data: on at sequence {sequence:,}, {new} a step (was {old}): none is left out or seen again"]
     for note in notes:
         say(f"  {note}")
-    return [*earlier, {"step": point.step, "sequences": sequence, "changes": changes, "notes": notes}]
+    return [*earlier, {"step": point.step, "sequences": sequence, "changes": found, "notes": notes}]
 
 
 def _rate_change(run: Run, point: ResumePoint) -> str:

@@ -25,19 +25,34 @@ from meshgpt.trees import Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A model with its parameters on the mesh that is set. step: of the checkpoint, None for a Hugging Face folder."""
+    """A model with its parameters on the mesh that is set. step: of the checkpoint, None for a Hugging Face folder.
+
+    its_tokenizer: None where there is none and `open_trained` was told that none is needed.
+    """
 
     model: Model
     params: Tree
-    tokenizer: Tokenizer
+    its_tokenizer: Tokenizer | None
     step: int | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.its_tokenizer is not None, "opened as one that needs none"
+        return self.its_tokenizer
 
 
 def open_trained(
-    source: str | PathLike[str], precision: Precision, report: Callable[[str], None], step: int | None = None
+    source: str | PathLike[str],
+    precision: Precision,
+    report: Callable[[str], None],
+    step: int | None = None,
+    *,
+    needs_tokenizer: bool = True,
 ) -> Trained:
     """Opens `source` on the mesh that is set: a run's folder (the newest intact checkpoint, or the one of `step`), an
     imported folder, a Hugging Face folder, or a hub id, which is downloaded.
+
+    `needs_tokenizer`: a folder of weights alone is refused.
 
     Raises:
       UserError: nothing there that can be read, or no intact checkpoint (of that step).
@@ -53,14 +68,16 @@ def open_trained(
     if (source / RECORD).is_file():
         imported = Imported.open(source)
         model = Model(config=imported.config, precision=precision)
-        if imported.tokenizer is None:
+        if imported.tokenizer is None and needs_tokenizer:
             raise UserError(f"{source} was imported without a tokenizer: copy one to {source / 'tokenizer'}")
+        found = None if imported.tokenizer is None else load_tokenizer(imported.tokenizer)
         params = imported.load(model.abstract_params(), report)
-        return Trained(model=model, params=params, tokenizer=load_tokenizer(imported.tokenizer), step=None)
+        return Trained(model=model, params=params, its_tokenizer=found, step=None)
     if (source / "config.json").is_file():
         model = Model(config=convert.read_config(source), precision=precision)
+        found = load_tokenizer(source) if needs_tokenizer or convert.tokenizer_of(source) else None
         params = convert.load(source, model.config, model.abstract_params())
-        return Trained(model=model, params=params, tokenizer=load_tokenizer(source), step=None)
+        return Trained(model=model, params=params, its_tokenizer=found, step=None)
     what = f"has none of run.json, {RECORD} and config.json" if source.is_dir() else "does not exist"
     raise UserError(f"{source} {what}: give a run's folder, an imported one, a Hugging Face folder, or a hub id")
 
@@ -74,7 +91,10 @@ def _from_run(folder: RunFolder, precision: Precision, report: Callable[[str], N
     params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
     frozen = {} if isinstance(run.trainable, Full) else _base(run, folder, found, model, report)
     return Trained(
-        model=model, params=run.trainable.merged(params, frozen), tokenizer=load_tokenizer(folder.tokenizer), step=found
+        model=model,
+        params=run.trainable.merged(params, frozen),
+        its_tokenizer=load_tokenizer(folder.tokenizer),
+        step=found,
     )
 
 

@@ -32,6 +32,11 @@ from meshgpt.trees import Tree, map_with_names
 
 RECORD = "imported.json"
 
+_NOT_LOADABLE = (
+    "{0} is not a model that these adapters fit in other tools: meshgpt export {0} --out BASE writes one; then put "
+    "BASE for base_model_name_or_path in adapter_config.json"
+)
+
 
 def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float, report: Callable[[str], None]) -> None:
     """`source` as a checkpoint folder of ours, on the mesh that is set; `out` appears whole or not at all.
@@ -53,7 +58,8 @@ def import_model(source: str, out: Path, surgery: convert.Surgery, dtype: Float,
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        record = {"model": to_json(opened.config), "dtype": dtype, "source": source, "notes": list(opened.notes)}
+        record: dict[str, Any] = {"model": to_json(opened.config), "dtype": dtype, "source": source}
+        record |= {"notes": list(opened.notes), "changed": opened.changed}
         with Checkpointer(partial / "checkpoints", Checkpointing(), report=report) as checkpoints:
             checkpoints.save(opened.step, {"params": params}, record)
         if opened.tokenizer is not None:
@@ -154,6 +160,26 @@ def hub_id(source: str) -> str | None:
     if (folder / RECORD).is_file():
         return hub_id(json.loads((folder / RECORD).read_text(encoding="utf-8"))["source"])
     return None if folder.exists() or not hub.is_id(source) else source.partition("@")[0]
+
+
+def base_for_others(source: str) -> tuple[str, str]:
+    """What other tools are to take for the model at `source`, and what to say where they cannot ("" where they can).
+
+    Of an imported folder it is what was imported, unless surgery made another model of that.
+    """
+    folder = Path(source).expanduser()
+    if (folder / RECORD).is_file():
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if not record.get("changed", bool(record["notes"])):  # records of before do not say
+            name, problem = base_for_others(record["source"])
+            return (source, _NOT_LOADABLE.format(source)) if problem else (name, "")
+        return source, _NOT_LOADABLE.format(source)
+    if not folder.is_dir():
+        return source, ""
+    if not (folder / "config.json").is_file():
+        return source, f"{source} is no Hugging Face folder: meshgpt import makes one of ours, and export one of theirs"
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return source, _NOT_LOADABLE.format(source) if entries["model_type"] == "phi" else ""
 
 
 def initial_params(run: Run, model: Model, say: Callable[[str], None]) -> Tree:

@@ -17,7 +17,7 @@ import meshgpt
 from meshgpt.atomic import write_atomically
 from meshgpt.checkpoint import manifest
 from meshgpt.checkpoint.manager import completed_steps, read_metadata
-from meshgpt.config import Run, differences, from_json, may_change, may_differ, to_json
+from meshgpt.config import Run, changes, from_json, may_change, may_differ, to_json
 from meshgpt.data.batch_sizes import BatchSizes
 from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text
@@ -167,9 +167,8 @@ class RunFolder:
     def _check_same(self, run: Run, report: Callable[[str], None]) -> None:
         if not any(self.checkpoints.glob(f"*{manifest.SUFFIX}")):
             return  # nothing was trained that another configuration could spoil
-        # Read and written again: a setting that the run's version did not have yet has its default.
-        changes = differences(to_json(self.read_run()), to_json(run))
-        locked = [change for change in changes if not may_differ(change[0])]
+        found = changes(self._configuration(), run)
+        locked = [change for change in found if not may_differ(change[0])]
         changed = all(may_change(name) for name, _, _ in locked)
         if locked and not (changed and run.resume_with_changes):
             said = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in locked[:5])
@@ -179,7 +178,7 @@ class RunFolder:
                 f"Give the old value, {switch}another --run-dir, or --resume never to start afresh (the old run is set "
                 "aside)"
             )
-        for name, old, new in changes:
+        for name, old, new in found:
             if name not in ("resume", "run_dir", "resume_with_changes"):
                 report(f"resuming with {name} {new!r} (was {old!r})")
 
