@@ -12,6 +12,7 @@ import tyro
 from meshgpt import convert, flags, runtime
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
+from meshgpt.data.unread import told
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
@@ -36,6 +37,7 @@ def prepare(arguments: Sequence[str]) -> None:
     counts = store.index["counts"]
     if counts["bad_records"]:
         print("\n  ".join([f"{counts['bad_records']:,} bad records were skipped; the first:", *counts["first_bad"]]))
+    print(*[f"{line}\n" for line in told(store.index.get("not_read", {}))], sep="", end="")
     if counts["duplicates"]:
         print(f"{counts['duplicates']:,} duplicates dropped, {counts['duplicate_bytes']:,} bytes")
     print(f"{store.folder} is ready: train on it with --data.store {store.folder}")

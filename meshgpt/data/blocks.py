@@ -11,13 +11,15 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, TypeVar
 
-from meshgpt.data import documents
+from meshgpt.data import documents, formats
 from meshgpt.data.documents import Block, Fragment, Span, document_digest, split_hash
+from meshgpt.data.failures import BadInputError, explain
 from meshgpt.data.long_line import LongLine
 from meshgpt.errors import UserError
 
+_T = TypeVar("_T")
 BLOCK_BYTES = 1 << 20
 LONG_LINE_BYTES = 16 << 20
 _CUT_WINDOW = 1 << 16  # bytes at a block's end in which a place to cut is looked for
@@ -43,7 +45,7 @@ class Origin:
     scratch: Path
 
     def block(
-        self, kind: Literal["text", "json_lines", "records", "bad"], data: bytes, record: int = 0,
+        self, kind: Literal["text", "json_lines", "json_records", "records", "bad"], data: bytes, record: int = 0,
         lengths: tuple[int, ...] = (), fragment: Fragment | None = None,
     ) -> Block:  # fmt: skip
         """A block with one span."""
@@ -64,6 +66,9 @@ def text_blocks(open_text: Callable[[], AbstractContextManager[IO[bytes]]], orig
     """
     with open_text() as stream:
         data = without_bom(stream.read(BLOCK_BYTES + 1))
+        problem = formats.binary(data, origin.name)
+        if problem:
+            raise BadInputError(problem)
         if len(data) <= BLOCK_BYTES:
             yield origin.block("text", data)
             return
@@ -104,6 +109,40 @@ def json_blocks(stream: IO[bytes], origin: Origin) -> Iterator[Block]:
     yield origin.block("json_lines", b"".join(rest), line)
 
 
+def json_value_blocks(values: Iterator[tuple[bytes, bool]], origin: Origin) -> Iterator[Block]:
+    """Records of JSON that are not a line each, about a block at a time; a very long one as in `json_blocks`.
+
+    Args:
+        values: pieces of records, each with whether a record ends with it.
+    """
+    waiting: list[bytes] = []
+    begun: list[bytes] = []
+    number, size, begun_size = 1, 0, 0  # of the record that is being read, of `waiting`, of `begun`
+    broken: list[Exception] = []
+    for piece, ends in _as_far_as(values, broken):
+        begun.append(piece)
+        begun_size += len(piece)
+        if begun_size > LONG_LINE_BYTES and not ends:
+            if waiting:
+                yield _records(waiting, origin, number, "json_records")
+                waiting, size = [], 0
+            reader = LongLine(f"{origin.name}:{number}", origin.field, origin.on_invalid_utf8, origin.scratch)
+            with closing(reader):
+                yield from _long_line(reader, _until_end(begun, values), origin, number)
+            number, begun, begun_size = number + 1, [], 0
+        elif ends:
+            record = b"".join(begun)
+            if waiting and size + len(record) > BLOCK_BYTES:
+                yield _records(waiting, origin, number, "json_records")
+                waiting, size = [], 0
+            waiting.append(record)
+            size += len(record)
+            number, begun, begun_size = number + 1, [], 0
+    yield _records(waiting, origin, number, "json_records")
+    if broken:
+        raise broken[0]
+
+
 def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: int = 1) -> Iterator[Block]:
     """Records, each one text or what is wrong with it, about a block at a time.
 
@@ -112,8 +151,9 @@ def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: i
     """
     waiting: list[bytes] = []
     size = 0
-    number = first
-    for number, record in enumerate(records, start=first):
+    number = first - 1
+    broken: list[Exception] = []
+    for number, record in enumerate(_as_far_as(records, broken), start=first):
         length = BLOCK_BYTES if isinstance(record, UserError) else len(record)  # a bad one stands alone
         if waiting and size + length > BLOCK_BYTES:
             yield _records(waiting, origin, number)
@@ -126,6 +166,16 @@ def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: i
             waiting.append(record)
             size += len(record)
     yield _records(waiting, origin, number + 1)
+    if broken:
+        raise broken[0]
+
+
+def _as_far_as(items: Iterable[_T], broken: list[Exception]) -> Iterator[_T]:
+    """`items` until they break off; what they raised goes to `broken`, for after what was read."""
+    try:
+        yield from items
+    except Exception as error:
+        broken.append(error)
 
 
 def fragments(chunks: Iterable[bytes], whole: Fragment, origin: Origin, record: int) -> Iterator[Block]:
@@ -203,7 +253,7 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _until_newline(rest: list[bytes], stream: IO[bytes], left: list[bytes]) -> Iterator[bytes]:
     """The bytes of a line that began with `rest`; what is read beyond it goes to `left`."""
-    yield from rest
+    yield without_bom(b"".join(rest))
     while chunk := stream.read(BLOCK_BYTES):
         at = chunk.find(b"\n")
         if at >= 0:
@@ -213,18 +263,31 @@ def _until_newline(rest: list[bytes], stream: IO[bytes], left: list[bytes]) -> I
         yield chunk
 
 
+def _until_end(begun: list[bytes], values: Iterator[tuple[bytes, bool]]) -> Iterator[bytes]:
+    """The bytes of a record that began with `begun`."""
+    yield from begun
+    for piece, ends in values:
+        yield piece
+        if ends:
+            return
+
+
 def _long_line(line: LongLine, chunks: Iterator[bytes], origin: Origin, number: int) -> Iterator[Block]:
     try:
         for chunk in chunks:
             line.feed(chunk)
         text, spool = line.finish()
-    except UserError as error:
+        data, line.replaced = documents.encoded(text, line.replaced, origin.on_invalid_utf8, f"{origin.name}:{number}")
+    except Exception as error:
+        problem = explain(error, f"{origin.name}:{number}")
+        if not isinstance(problem, UserError):
+            raise problem from error
         for _ in chunks:  # to the line's end, where the next one begins
             pass
-        yield origin.block("bad", str(error).encode())
+        yield origin.block("bad", str(problem).encode())
         return
     if spool is None:
-        yield origin.block("records", text.encode(), number, (len(text.encode()),))
+        yield origin.block("records", data, number, (len(data),))
         return
     spool.seek(0)
     whole = _survey(iter(partial(spool.read, BLOCK_BYTES), b""), origin, line.replaced)
@@ -242,7 +305,9 @@ def _long_record(data: bytes, origin: Origin, number: int) -> Iterator[Block]:
     yield from fragments(pieces, whole, origin, number)
 
 
-def _records(waiting: list[bytes], origin: Origin, number: int) -> Block:
+def _records(
+    waiting: list[bytes], origin: Origin, number: int, kind: Literal["records", "json_records"] = "records"
+) -> Block:
     """`waiting`, which end before record `number`."""
     lengths = tuple(len(record) for record in waiting)
-    return origin.block("records", b"".join(waiting), number - len(waiting), lengths)
+    return origin.block(kind, b"".join(waiting), number - len(waiting), lengths)

@@ -5,15 +5,17 @@ Everything here is a pure function of the bytes, so it may run in any process.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
+from meshgpt.data.failures import explain
 from meshgpt.errors import UserError
 
 SPLIT_PREFIX = 65_536  # bytes of a document that decide its split, so that a document of any size is decided at once
 _REPLACEMENT = "\ufffd"
+_BOM = b"\xef\xbb\xbf"  # before a line where files were joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,13 @@ class Block:
     """About a megabyte of source bytes, the unit of work: spans laid end to end in `payload`.
 
     Attributes:
-        kind: whole files or a fragment, lines of JSON, records that are texts, or a message about a bad record.
-        lengths: bytes of each record, one after the other (kind "records").
+        kind: whole files or a fragment, lines of JSON, records of JSON, records that are texts, or a message about a
+            bad record.
+        lengths: bytes of each record, one after the other (kinds "records" and "json_records").
         fragment: set where the payload is a part of one document.
     """
 
-    kind: Literal["text", "json_lines", "records", "bad"]
+    kind: Literal["text", "json_lines", "json_records", "records", "bad"]
     spans: tuple[Span, ...]
     payload: bytes
     lengths: tuple[int, ...] = ()
@@ -138,16 +141,17 @@ def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
     for parse in _parsers(block, rules):
         try:
             document = parse()
-        except UserError as error:
-            if rules.bad_records == "error":
-                raise
-            bad.append(str(error))
+        except Exception as error:
+            problem = explain(error, block.spans[0].name)
+            if rules.bad_records == "error" or not isinstance(problem, UserError):
+                raise problem from error
+            bad.append(str(problem))
         else:
             if document is not None and document.text:
                 yield document
 
 
-def _parsers(block: Block, rules: Rules) -> Iterator[Callable[[], Document | None]]:
+def _parsers(block: Block, rules: Rules) -> Iterator[partial[Document | None]]:
     """A function for each record of a block that gives its document, or raises what is wrong with it."""
     if block.kind == "bad":
         yield partial(_refuse, block.payload.decode())
@@ -166,8 +170,9 @@ def _parsers(block: Block, rules: Rules) -> Iterator[Callable[[], Document | Non
                     yield partial(_json, span, number, line, rules)
         else:
             start = 0
+            parse = _text if block.kind == "records" else _json
             for number, length in enumerate(block.lengths, start=span.record):
-                yield partial(_text, span, number, data[start : start + length], rules)
+                yield partial(parse, span, number, data[start : start + length], rules)
                 start += length
 
 
@@ -180,6 +185,15 @@ def decode(data: bytes, on_invalid: Literal["replace", "error"], name: str) -> t
             raise not_utf8(name, error) from error
     text = data.decode("utf-8", errors="replace")
     return text, text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+
+
+def encoded(text: str, replaced: int, on_invalid: Literal["replace", "error"], name: str) -> tuple[bytes, int]:
+    """Text from JSON as UTF-8, and `replaced` with what was replaced here: JSON can spell half a surrogate pair."""
+    try:
+        return text.encode(), replaced
+    except UnicodeEncodeError:
+        text, lone = decode(text.encode("utf-8", errors="surrogatepass"), on_invalid, name)
+        return text.encode(), replaced + lone
 
 
 def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
@@ -209,8 +223,8 @@ def as_text(line: str, field: str, where: str) -> str:
     """
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}): repair or remove that line") from error
+    except Exception as error:
+        raise explain(error, where) from error
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a JSON {type(record).__name__}, not an object: each line must be one object")
     if field not in record:
@@ -244,15 +258,10 @@ def _text(span: Span, record: int, data: bytes, rules: Rules) -> Document:
 
 def _json(span: Span, record: int, line: bytes, rules: Rules) -> Document:
     where = f"{span.name}:{record}"
-    decoded, replaced = decode(line, rules.on_invalid_utf8, where)
+    decoded, replaced = decode(line.removeprefix(_BOM), rules.on_invalid_utf8, where)
     text = as_text(decoded, rules.field, where)
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-        text, lone = decode(text.encode("utf-8", errors="surrogatepass"), rules.on_invalid_utf8, where)
-        replaced += lone
-        encoded = text.encode()
-    return _document(span, record, text, encoded, replaced, rules)
+    data, replaced = encoded(text, replaced, rules.on_invalid_utf8, where)
+    return _document(span, record, data.decode(), data, replaced, rules)
 
 
 def _document(span: Span, record: int, text: str, data: bytes, replaced: int, rules: Rules) -> Document:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, final
 
 from meshgpt.data.blocks import Origin, record_blocks
-from meshgpt.data.documents import Block
+from meshgpt.data.pieces import Piece, pieces
 from meshgpt.data.streams import FileDigest
 from meshgpt.errors import MachineError, UserError, explained
 
@@ -26,22 +26,23 @@ class Shard:
     """One shard of a streamed data set; a `sources.Input`. Its size is not known, and counts as 1."""
 
     small = False
+    earlier: str | None
 
     def __init__(self, source: str, dataset: Any, field: str, number: int):
         self.name = self.location = f"{source}[{number}]"
         self.size = 1
-        self.version = str(getattr(dataset.info, "version", "") or "")
+        self.version = self.earlier = str(getattr(dataset.info, "version", "") or "")
+        self.earlier = self.version
         self._dataset, self._field, self._number = dataset, field, number
 
-    def read(self, origin: Origin) -> Iterator[tuple[Block, FileDigest | None, int]]:
+    def read(self, origin: Origin) -> Iterator[Piece]:
         digest = hashlib.sha256()
-        held: Block | None = None
-        for block in record_blocks(self._records(digest), origin):
-            if held is not None:
-                yield held, None, 0
-            held = block
-        assert held is not None
-        yield held, FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()), self.size
+        return pieces(
+            record_blocks(self._records(digest), origin),
+            origin,
+            lambda _: 0,
+            lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
+        )
 
     def _records(self, digest: Any) -> Iterator[bytes | UserError]:
         for number, row in enumerate(self._rows(), start=1):

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, final
 
-from meshgpt.data.documents import as_text, decode
+from meshgpt.data.documents import as_text, decode, encoded
 from meshgpt.errors import UserError
 
 _LONG = 1 << 16
@@ -126,11 +126,7 @@ class LongLine:
     def _unescaped(self, piece: bytes) -> bytes:
         text, replaced = decode(piece, self._on_invalid, self._where)
         text = json.loads(f'"{text}"')
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-            text, lone = decode(text.encode("utf-8", errors="surrogatepass"), self._on_invalid, self._where)
-            data, replaced = text.encode(), replaced + lone
+        data, replaced = encoded(text, replaced, self._on_invalid, self._where)
         self.replaced += replaced
         return data
 

@@ -18,22 +18,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.atomic import rename_folder, write_atomically
+from meshgpt.data import formats
+from meshgpt.data.claim import LOCK, READER, StoreDiffersError, claim
 from meshgpt.data.documents import Rules, documents
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
+from meshgpt.data.unread import Unread, shown
 from meshgpt.data.worker import WorkerPool, token_dtype
 from meshgpt.data.writer import Counts, StoreWriter
 from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text, settings
 
+__all__ = ["Prepare", "StoreDiffersError", "prepare"]
+
 # Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.
 Progress = Callable[[str, int, int | None], None]
 
-REQUEST = "request.json"
-_LOCK = "prepare.lock"
 _COMMIT_SECONDS = 2.0
-TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+_FIRST_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # what requests of all times call the default
+TEXT_EXTENSIONS = (*_FIRST_EXTENSIONS, *formats.NEW_IN_FOLDERS)
 
 
 @settings("data.prepare")
@@ -41,10 +45,11 @@ class Prepare:
     """What to tokenize, how, and where to."""
 
     sources: tuple[str, ...]
-    """Texts to tokenize: text files, `.jsonl` files (both plain, `.gz`, `.zst` or `.xz`) and `.parquet` files, folders
-    and globs of them, also as URLs that fsspec knows; `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; or
-    `stdlib`, the source of the running Python's standard library (without its tests). A text file is one document; of
-    the others each line, row or record is one."""
+    """Texts to tokenize: text files, `.jsonl` and `.json` files (all plain, `.gz`, `.bz2`, `.zst` or `.xz`), `.parquet`
+    files, `.zip` and `.tar` archives of them, folders and globs of them, also as URLs that fsspec knows;
+    `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; `-` for standard input; or `stdlib`, the source of the
+    running Python's standard library (without its tests). A text file is one document; of the others each line, row or
+    record is one."""
     out: str
     """Folder of the store to write."""
     tokenizer: str | None = None
@@ -118,33 +123,23 @@ class Prepare:
         return Reading(field=self.field, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
 
 
-class StoreDiffersError(UserError):
-    """A folder holds another store than the one asked for. difference: the first thing in which they differ."""
-
-    def __init__(self, out: Path, difference: str):
-        super().__init__(
-            f"{out} holds a store made differently ({difference}): "
-            "choose another --out, or pass --overwrite to replace it"
-        )
-        self.difference = difference
-
-
 def prepare(config: Prepare, progress: Progress) -> Store:
     """Makes the store that `config` asks for, or what is left of it to make; one that is finished is opened at once.
 
     Raises:
         UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
     """
-    inputs = list_inputs(config.sources, config.extensions)
-    inputs += list_inputs(config.val_sources, config.extensions, held_out=True)
+    unread = Unread()
+    inputs = list_inputs(config.sources, config.extensions, unread=unread, out=config.out)
+    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, unread=unread, out=config.out)
     check_unique(inputs)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            _claim(out, _request(config, inputs), config.overwrite)
+            claim(out, _request(config, inputs), _request_of_before(config, inputs), config.overwrite)
             if not (out / INDEX).exists():
-                _build(config, inputs, out, progress)
+                _build(config, inputs, unread, out, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full ({out}): free space and run this again; what is done is kept") from error
@@ -152,7 +147,7 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     return Store.open(out)
 
 
-def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress) -> None:
+def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, progress: Progress) -> None:
     tokenizer = _tokenizer(config, inputs, out / "tokenizer", progress)
     writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens, config.deduplicate)
     total = sum(one.input.size for one in inputs)
@@ -172,6 +167,8 @@ def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress)
     entries = writer.finish(lambda done, whole: progress("gzip -9 of the held-out text", done, whole))
     _check_splits(config, entries["splits"])
     index = _index(config, tokenizer, entries, out)
+    if unread.reasons:
+        index["not_read"] = unread.record()
     write_atomically(out / INDEX, json_text(index, indent=1, ensure_ascii=False) + "\n")
     writer.remove_work_files()
 
@@ -224,33 +221,19 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
         del settings[name]
     settings["tokenizer"] = None if config.tokenizer is None else load_tokenizer(config.tokenizer).fingerprint
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
-    return json.loads(json_text(settings))
+    if config.extensions == TEXT_EXTENSIONS:
+        settings["extensions"] = _FIRST_EXTENSIONS  # what the default finds now is in `files`
+    for name in ("sources", "val_sources"):
+        settings[name] = [shown(source) for source in settings[name]]
+    return json.loads(json_text({**settings, READER: 2}))
 
 
-def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
-    """Makes sure that `out` is new, or holds this very request, finished or not."""
-    path = out / REQUEST
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held == request:
-            return
-        different = [key for key in request if held.get(key) != request[key]]
-        if not overwrite:
-            raise StoreDiffersError(out, _difference(different[0], held, request))
-        for child in out.iterdir():
-            if child.name != _LOCK:
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-    elif any(child.name != _LOCK for child in out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no token store: choose another --out")
-    write_atomically(path, json_text(request, ensure_ascii=False))
-
-
-def _difference(key: str, held: dict[str, Any], request: dict[str, Any]) -> str:
-    if key != "files":
-        return f"{key} was {held.get(key)!r}, now {request[key]!r}"
-    before = {tuple(file) for file in held["files"]}
-    after = {tuple(file) for file in request["files"]}
-    return f"source file {min(before ^ after)[0]} was added, removed or changed" if before != after else "other order"
+def _request_of_before(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
+    """The same as stores had it that were made before requests recorded the reader."""
+    request = _request(config, inputs)
+    del request[READER]
+    files = [[one.input.name, one.input.size, one.input.earlier] for one in inputs if one.input.earlier is not None]
+    return {**request, "files": files}
 
 
 def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Progress) -> Tokenizer:
@@ -289,7 +272,7 @@ def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One prepare a folder; the lock dies with the process."""
-    with open(out / _LOCK, "w") as file:
+    with open(out / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from meshgpt.data.blocks import Origin, record_blocks
-from meshgpt.data.documents import Block
+from meshgpt.data.pieces import Piece, pieces
 from meshgpt.data.streams import FileDigest
 from meshgpt.errors import UserError, explained
 
@@ -24,21 +24,22 @@ class Slice:
     """Records [start, stop) of a split; a `sources.Input`."""
 
     small = False
+    earlier: str | None
 
     def __init__(self, source: str, records: Any, field: str, version: str, start: int, stop: int):
         self.name = self.location = f"{source}[{start}:{stop}]"
         self.size, self.version = stop - start, version
+        self.earlier = version
         self._records_of, self._field, self._start, self._stop = records, field, start, stop
 
-    def read(self, origin: Origin) -> Iterator[tuple[Block, FileDigest | None, int]]:
+    def read(self, origin: Origin) -> Iterator[Piece]:
         digest = hashlib.sha256()
-        held: Block | None = None
-        for block in record_blocks(self._records(digest), origin, self._start + 1):
-            if held is not None:
-                yield held, None, block.spans[0].record - 1 - self._start
-            held = block
-        assert held is not None
-        yield held, FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()), self.size
+        return pieces(
+            record_blocks(self._records(digest), origin, self._start + 1),
+            origin,
+            lambda block: block.spans[0].record - 1 - self._start,
+            lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
+        )
 
     def _records(self, digest: Any) -> Iterator[bytes | UserError]:
         for number in range(self._start, self._stop):
