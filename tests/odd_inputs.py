@@ -157,10 +157,18 @@ def refused() -> dict[str, tuple[bytes, str, list[str]]]:
         "cut.parquet": (parquet()[:-9], r"cut\.parquet is no parquet file, or a damaged one", []),
         "noise.zip": (noise, r"noise\.zip is damaged or cut short", []),
         "noise.tar": (noise, r"noise\.tar is damaged or cut short", []),
-        "cut.tgz": (gzip.compress(archived_tar({"a.txt": b"a", "b.txt": noise}))[:-900], "damaged or cut short", ["a"]),
+        "cut.tgz": (
+            gzip.compress(archived_tar({"a.txt": b"a", "b.txt": random.Random(1).randbytes(40_000)}))[:-9_000],
+            "damaged or cut short",
+            ["a"],
+        ),
         "header.tar": (_broken_header(), r"header\.tar is damaged or cut short", ["a"]),
         "sum.zip": (_broken_sum(), r"sum\.zip/a\.txt is damaged or cut short", ["b"]),
     }
+
+
+def _cut_tar() -> bytes:
+    return gzip.compress(archived_tar({"a.txt": b"a", "b.txt": random.Random(1).randbytes(40_000)}))[:-9_000]
 
 
 def _broken_header() -> bytes:

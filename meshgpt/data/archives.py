@@ -72,9 +72,8 @@ def members(file: SourceFile, unread: Unread) -> tuple[list[Member], BadInputErr
 
 def hidden(name: str) -> bool:
     """Whether a member is hidden, or of the folder that macOS adds."""
-    return any(
-        (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in PurePosixPath(name).parts
-    )
+    parts = [part for part in PurePosixPath(name).parts if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 # Number, name and size of an entry, and why it cannot be read, if so.

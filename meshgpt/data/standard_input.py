@@ -34,8 +34,7 @@ def spooled() -> SourceFile:
     Raises:
         UserError: a terminal, or the disk is full.
     """
-    stream = sys.stdin.buffer
-    if stream.isatty():
+    if sys.stdin.isatty():
         raise UserError("source '-' is standard input, which is a terminal: pipe a text into it (cat FILE | ...)")
     digest = hashlib.sha256()
     size, head = 0, b""
@@ -44,7 +43,7 @@ def spooled() -> SourceFile:
         holder = _Holder()
         weakref.finalize(holder, os.unlink, path)
         with open(descriptor, "wb") as spool:
-            while data := stream.read(_COPY_BYTES):
+            while data := sys.stdin.buffer.read(_COPY_BYTES):
                 head = head or data
                 digest.update(data)
                 size += len(data)
