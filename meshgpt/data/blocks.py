@@ -8,7 +8,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Literal, TypeVar
@@ -35,6 +35,7 @@ class Origin:
         field: the field or column that holds the text.
         on_invalid_utf8: as in `documents.Rules`.
         scratch: a folder for temporary files.
+        tails: as in `documents.Rules`.
     """
 
     file: int
@@ -43,6 +44,7 @@ class Origin:
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
+    tails: float = 0.0
 
     def block(
         self, kind: Literal["text", "json_lines", "json_records", "records", "bad"], data: bytes, record: int = 0,
@@ -72,14 +74,12 @@ def text_blocks(open_text: Callable[[], AbstractContextManager[IO[bytes]]], orig
         if len(data) <= BLOCK_BYTES:
             yield origin.block("text", data)
             return
-    try:
+
+    def chunks() -> Iterator[bytes]:
         with open_text() as stream:
-            whole = _survey(_chunks(stream), origin)
-    except UserError as error:
-        yield origin.block("bad", str(error).encode())
-        return
-    with open_text() as stream:
-        yield from fragments(_chunks(stream), whole, origin, 0)
+            yield from _chunks(stream)
+
+    yield from _long_document(chunks, origin, 0)
 
 
 def json_blocks(stream: IO[bytes], origin: Origin) -> Iterator[Block]:
@@ -176,6 +176,39 @@ def _as_far_as(items: Iterable[_T], broken: list[Exception]) -> Iterator[_T]:
         yield from items
     except Exception as error:
         broken.append(error)
+
+
+def _long_document(
+    chunks: Callable[[], Iterator[bytes]], origin: Origin, number: int, replaced: int = 0
+) -> Iterator[Block]:
+    """A document in fragments, or two of it, its head and its held-out tail. chunks: its bytes, from the beginning."""
+    cut = _tail_start(chunks, origin.tails) if origin.tails and not origin.held_out else 0
+    parts = [(origin, 0, cut), (replace(origin, held_out=True), cut, None)] if cut else [(origin, 0, None)]
+    try:
+        wholes = [_survey(_range(chunks(), at, stop), of, 0 if at else replaced) for of, at, stop in parts]
+    except UserError as error:
+        yield origin.block("bad", str(error).encode())
+        return
+    for (of, start, stop), whole in zip(parts, wholes, strict=True):
+        yield from fragments(_range(chunks(), start, stop), whole, of, number)
+
+
+def _tail_start(chunks: Callable[[], Iterator[bytes]], share: float) -> int:
+    """`documents.tail_start` of a long document, in bytes."""
+    wanted = int(sum(map(len, chunks())) * (1 - share))
+    window = b"".join(_range(chunks(), max(0, wanted - LONG_LINE_BYTES), wanted))
+    at = max(window.rfind(b"\n"), 0) or max(window.rfind(b" "), 0)
+    return wanted - len(window) + at + 1 if at else 0
+
+
+def _range(chunks: Iterator[bytes], start: int, stop: int | None) -> Iterator[bytes]:
+    """Bytes [start, stop) of all that come."""
+    at = 0
+    for chunk in chunks:
+        piece = chunk[max(0, start - at) : None if stop is None else max(0, stop - at)]
+        at += len(chunk)
+        if piece:
+            yield piece
 
 
 def fragments(chunks: Iterable[bytes], whole: Fragment, origin: Origin, record: int) -> Iterator[Block]:
@@ -289,20 +322,17 @@ def _long_line(line: LongLine, chunks: Iterator[bytes], origin: Origin, number: 
     if spool is None:
         yield origin.block("records", data, number, (len(data),))
         return
-    spool.seek(0)
-    whole = _survey(iter(partial(spool.read, BLOCK_BYTES), b""), origin, line.replaced)
-    spool.seek(0)
-    yield from fragments(iter(partial(spool.read, BLOCK_BYTES), b""), whole, origin, number)
+
+    def again() -> Iterator[bytes]:
+        spool.seek(0)
+        yield from iter(partial(spool.read, BLOCK_BYTES), b"")
+
+    yield from _long_document(again, origin, number, line.replaced)
 
 
 def _long_record(data: bytes, origin: Origin, number: int) -> Iterator[Block]:
     pieces = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    try:
-        whole = _survey(pieces, origin)
-    except UserError as error:
-        yield origin.block("bad", str(error).encode())
-        return
-    yield from fragments(pieces, whole, origin, number)
+    yield from _long_document(lambda: iter(pieces), origin, number)
 
 
 def _records(

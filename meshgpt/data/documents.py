@@ -6,7 +6,7 @@ Everything here is a pure function of the bytes, so it may run in any process.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -103,12 +103,14 @@ class Rules:
         on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or hold it for a bad record.
         bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
+        tails: the share of each document that is held out, its end; for where there are few documents.
     """
 
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     bad_records: Literal["error", "skip"]
     val_fraction: float
+    tails: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ class Document:
         record: its line in the file, 0 for a whole file.
         digest: 16 bytes, `document_digest`; zeros for a fragment.
         replaced: how many U+FFFD stand for bytes that were not UTF-8.
+        split_hash: what decided whether it is held out.
     """
 
     file: int
@@ -127,6 +130,7 @@ class Document:
     held_out: bool
     digest: bytes
     replaced: int
+    split_hash: float
 
 
 def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
@@ -147,7 +151,11 @@ def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
                 raise problem from error
             bad.append(str(problem))
         else:
-            if document is not None and document.text:
+            if document is None or not document.text:
+                continue
+            if rules.tails and not document.held_out and block.fragment is None:
+                yield from _head_and_tail(document, rules.tails)
+            else:
                 yield document
 
 
@@ -235,6 +243,30 @@ def as_text(line: str, field: str, where: str) -> str:
     return record[field]
 
 
+def tail_start(text: str, share: float) -> int:
+    """Where the end of a text begins that holds about `share` of it: with a line, failing that with a word; 0: nowhere.
+
+    What stands before and what follows both hold more than spaces.
+    """
+    size = len(text.rstrip())
+    wanted = size - max(1, round(size * share))
+    for separator in ("\n", " "):
+        for at in (text.rfind(separator, 0, wanted), text.find(separator, wanted, size)):
+            if at >= 0 and text[:at].strip():
+                return at + 1
+    return 0
+
+
+def _head_and_tail(document: Document, share: float) -> Iterator[Document]:
+    start = tail_start(document.text, share)
+    for text, held_out in ((document.text[:start], False), (document.text[start:], bool(start))):
+        if text:
+            digest = document_digest()
+            digest.update(text.encode())
+            replaced = document.replaced if not held_out else 0
+            yield replace(document, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced)
+
+
 def _refuse(message: str) -> None:
     raise UserError(message)
 
@@ -248,6 +280,7 @@ def _fragment(span: Span, data: bytes, fragment: Fragment, rules: Rules) -> Docu
         held_out=span.held_out or fragment.split_hash < rules.val_fraction,
         digest=bytes.fromhex(fragment.digest),
         replaced=replaced + (fragment.replaced if fragment.closes else 0),
+        split_hash=fragment.split_hash,
     )
 
 
@@ -267,7 +300,13 @@ def _json(span: Span, record: int, line: bytes, rules: Rules) -> Document:
 def _document(span: Span, record: int, text: str, data: bytes, replaced: int, rules: Rules) -> Document:
     digest = document_digest()
     digest.update(data)
-    held_out = span.held_out or split_hash(data) < rules.val_fraction
+    number = split_hash(data)
     return Document(
-        file=span.file, record=record, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced
+        file=span.file,
+        record=record,
+        text=text,
+        held_out=span.held_out or number < rules.val_fraction,
+        digest=digest.digest(),
+        replaced=replaced,
+        split_hash=number,
     )

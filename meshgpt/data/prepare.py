@@ -13,20 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.atomic import rename_folder, write_atomically
-from meshgpt.data import formats
+from meshgpt.data import formats, held_out
 from meshgpt.data.claim import LOCK, READER, StoreDiffersError, claim
-from meshgpt.data.documents import Rules, documents
+from meshgpt.data.documents import Document, Rules, documents
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
 from meshgpt.data.unread import Unread, shown
 from meshgpt.data.worker import WorkerPool, token_dtype
-from meshgpt.data.writer import Counts, StoreWriter
+from meshgpt.data.writer import JOURNAL, Counts, StoreWriter
 from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text, settings
 
@@ -148,13 +148,28 @@ def prepare(config: Prepare, progress: Progress) -> Store:
 
 
 def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, progress: Progress) -> None:
-    tokenizer = _tokenizer(config, inputs, out / "tokenizer", progress)
-    writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens, config.deduplicate)
+    hold_out = held_out.decided(out)
+    if hold_out is None and not (out / JOURNAL).exists():
+        hold_out = held_out.foreseen(inputs, config.val_fraction)
+        if hold_out is not None:
+            held_out.decide(out, hold_out)
+    rules, reading = config.rules, config.reading
+    if hold_out is not None:
+        rules, reading = hold_out.rules(rules), replace(reading, tails=hold_out.tails)
+    tokenizer = _tokenizer(config, inputs, rules, reading, out / "tokenizer", progress)
+    writer = StoreWriter(
+        out,
+        token_dtype(tokenizer.vocab_size),
+        config.shard_tokens,
+        config.deduplicate,
+        held=_held(inputs, rules, reading, progress),
+        hold_out=None if hold_out is None else asdict(hold_out),
+    )
     total = sum(one.input.size for one in inputs)
     try:
-        with WorkerPool(config.workers or _cpus(), out / "tokenizer", config.rules) as pool:
+        with WorkerPool(config.workers or _cpus(), out / "tokenizer", rules) as pool:
             committed = time.monotonic()
-            for read, result in pool.map(read_blocks(inputs, config.reading, writer.position)):
+            for read, result in pool.map(read_blocks(inputs, reading, writer.position)):
                 writer.append(read, result)
                 _check_bad(config, writer.counts)
                 progress("tokenizing", read.size_read, total)
@@ -165,12 +180,21 @@ def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, pro
         writer.close()
         raise
     entries = writer.finish(lambda done, whole: progress("gzip -9 of the held-out text", done, whole))
-    _check_splits(config, entries["splits"])
+    if not config.val_sources:
+        again = held_out.remedy(hold_out, entries["splits"], config.val_fraction, _documents(inputs, rules, reading))
+        if again is not None:
+            held_out.decide(out, again)
+            _build(config, inputs, unread, out, progress)
+            return
+    _check_splits(config, entries)
     index = _index(config, tokenizer, entries, out)
+    if hold_out is not None:
+        index["held_out"] = hold_out.said()
     if unread.reasons:
         index["not_read"] = unread.record()
     write_atomically(out / INDEX, json_text(index, indent=1, ensure_ascii=False) + "\n")
     writer.remove_work_files()
+    (out / held_out.DECISION).unlink(missing_ok=True)
 
 
 def _check_bad(config: Prepare, counts: Counts) -> None:
@@ -186,21 +210,50 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _check_splits(config: Prepare, splits: dict[str, Any]) -> None:
+def _documents(inputs: list[Listed], rules: Rules, reading: Reading) -> Iterator[Document]:
+    """All documents, read in this process."""
+    for read in read_blocks(inputs, reading):
+        yield from documents(read.block, rules, [])
+
+
+def _held(inputs: list[Listed], rules: Rules, reading: Reading, progress: Progress) -> set[bytes]:
+    """Digests of the documents of held-out sources, where there are others that may hold the same text."""
+    named = [one for one in inputs if one.held_out]
+    found: set[bytes] = set()
+    for read in read_blocks(named, reading):
+        progress("reading the held-out sources", read.size_read, sum(one.input.size for one in named))
+        found.update(document.digest for document in documents(read.block, rules, []))
+    return found
+
+
+def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
+    splits, counts = entries["splits"], entries["counts"]
     train, val = splits["train"]["num_documents"], splits["val"]["num_documents"]
     where = ", ".join(config.sources)
+    if train + val == 0 and counts["bad_records"]:
+        raise UserError(
+            f"{where} holds no text that can be read: all {counts['bad_records']:,} records are bad, the first: "
+            f"{counts['first_bad'][0]}"
+        )
+    if train == 0 and counts.get("in_both"):
+        raise UserError(
+            f"all {counts['in_both']:,} documents of {where} are in {', '.join(config.val_sources)} too: "
+            "name other text to train on, or leave out --val-sources"
+        )
     if train + val == 0:
         raise UserError(f"{where} holds no text at all: every file is empty")
     if train == 0:
         raise UserError(f"all {val} documents of {where} were held out: lower --val-fraction {config.val_fraction}")
     if val == 0 and config.val_fraction > 0:
         raise UserError(
-            f"none of the {train} documents of {where} fell into the held-out {config.val_fraction:.3%}: raise "
-            "--val-fraction, name held-out text with --val-sources, or pass --val-fraction 0 to go without"
+            f"none of the {train} documents of {where} can be held out in part or whole: name held-out text with "
+            "--val-sources, or pass --val-fraction 0 to go without"
         )
 
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
+    rules = {name: value for name, value in asdict(config.rules).items() if value or name != "tails"}
+    sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {
         "format": "meshgpt token store",
         "version": 1,
@@ -210,7 +263,7 @@ def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: 
         "eot_id": tokenizer.eot_id,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer_files(out / "tokenizer")},
         **entries,
-        "prepare": {**asdict(config.rules), "sources": config.sources, "val_sources": config.val_sources},
+        "prepare": {**rules, "sources": sources[0], "val_sources": sources[1]},
     }
 
 
@@ -236,7 +289,9 @@ def _request_of_before(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     return {**request, "files": files}
 
 
-def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Progress) -> Tokenizer:
+def _tokenizer(
+    config: Prepare, inputs: list[Listed], rules: Rules, reading: Reading, folder: Path, progress: Progress
+) -> Tokenizer:
     """Loads or trains the tokenizer, once: an interrupted run finds it in `folder`, which appears whole."""
     if folder.exists():
         return load_tokenizer(folder)
@@ -245,7 +300,7 @@ def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Pr
     else:
         assert config.vocab_size is not None
         train = train_bpe if config.train_tokenizer == "bpe" else train_sentencepiece
-        tokenizer = train(_training_texts(config, inputs, progress), config.vocab_size)
+        tokenizer = train(_training_texts(config, inputs, rules, reading, progress), config.vocab_size)
     temporary = folder.with_name("tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -253,18 +308,20 @@ def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Pr
     return load_tokenizer(folder)
 
 
-def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -> Iterator[str]:
+def _training_texts(
+    config: Prepare, inputs: list[Listed], rules: Rules, reading: Reading, progress: Progress
+) -> Iterator[str]:
     """About `tokenizer_bytes` of the text, in blocks spread evenly over it, without held-out documents."""
     total = sum(one.input.size for one in inputs)
     share = min(1.0, config.tokenizer_bytes / max(1, total))
     taken = 0.0
-    for read in read_blocks(inputs, config.reading):
+    for read in read_blocks(inputs, reading):
         progress("training the tokenizer", read.size_read, total)
         taken += share
         if taken < 1.0:
             continue
         taken -= 1.0
-        for document in documents(read.block, config.rules, []):
+        for document in documents(read.block, rules, []):
             if not document.held_out:
                 yield document.text
 

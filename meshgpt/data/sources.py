@@ -65,6 +65,7 @@ class Reading:
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
+    tails: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,4 +234,5 @@ def _origin(listed: Sequence[Listed], number: int, reading: Reading) -> Origin:
         field=reading.field,
         on_invalid_utf8=reading.on_invalid_utf8,
         scratch=reading.scratch,
+        tails=reading.tails,
     )

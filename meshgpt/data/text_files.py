@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import IO, Any, final
 
 from meshgpt.data import formats
-from meshgpt.data.blocks import BLOCK_BYTES, Origin, json_blocks, json_value_blocks, text_blocks
-from meshgpt.data.documents import Block
+from meshgpt.data.blocks import BLOCK_BYTES, Origin, json_blocks, json_value_blocks, text_blocks, without_bom
+from meshgpt.data.documents import SPLIT_PREFIX, Block
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.json_values import json_values, one_a_line
 from meshgpt.data.pieces import Piece, pieces
 from meshgpt.data.streams import FileDigest, HashingReader, digest_of, open_path, open_stream
 from meshgpt.data.unread import Unread, shown, told
 from meshgpt.data.walk import OTHER_ENDING, is_store, special, walk
-from meshgpt.errors import UserError, explained
+from meshgpt.errors import MachineError, UserError, explained
 
 STDLIB = "stdlib"  # the source that every machine has: the running Python's own library
 _STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -68,6 +68,19 @@ class Text:
         self.name, self.size, self.version, self.location = file.name, file.size, file.version, file.location
         self.earlier = None if file.new else file.version
         self.small = file.kind == "text" and not formats.compression(file.name) and not file.standard_input
+
+    @property
+    def one_document(self) -> bool:
+        """Whether it is known to be one, before it is read."""
+        return self._file.kind == "text" and not self._file.standard_input
+
+    def head(self) -> bytes:
+        """What decides its split, if it is one document; nothing where it cannot be read."""
+        try:
+            with open_stream(self._file) as (stream, _):
+                return without_bom(stream.read(SPLIT_PREFIX + 3))[:SPLIT_PREFIX]
+        except (UserError, MachineError):
+            return b""
 
     def read(self, origin: Origin) -> Iterator[Piece]:
         opened: list[HashingReader] = []
