@@ -44,7 +44,8 @@ def claim(out: Path, request: dict[str, Any], request_of_before: dict[str, Any],
         same_files = len(request["files"]) == len(request_of_before["files"])
         if held == request or (held == request_of_before and (finished or same_files)):
             return
-        different = [key for key in request if key != READER and held.get(key) != request[key]] or [READER]
+        keys = [key for key in {**held, **request} if key != READER]
+        different = [key for key in keys if held.get(key) != request.get(key)] or [READER]
         if finished and not overwrite:
             raise StoreDiffersError(out, _difference(different[0], held, request))
         for child in out.iterdir():

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from meshgpt.data.failures import explain
+from meshgpt.data.fields import text_of
 from meshgpt.errors import UserError
 
 SPLIT_PREFIX = 65_536  # bytes of a document that decide its split, so that a document of any size is decided at once
@@ -99,7 +100,7 @@ class Rules:
     """How bytes become documents.
 
     Attributes:
-        field: the JSON field that holds the text.
+        field: the JSON field that holds the text, as `fields.text_of` takes it.
         on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or hold it for a bad record.
         bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
@@ -235,12 +236,7 @@ def as_text(line: str, field: str, where: str) -> str:
         raise explain(error, where) from error
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a JSON {type(record).__name__}, not an object: each line must be one object")
-    if field not in record:
-        raise UserError(f"{where} has no field {field!r}, only {sorted(record)}: name the text's with --field")
-    if not isinstance(record[field], str):
-        kind = type(record[field]).__name__
-        raise UserError(f"{where}: field {field!r} is a {kind}, not text: name another with --field")
-    return record[field]
+    return text_of(record, field, where)
 
 
 def tail_start(text: str, share: float) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from meshgpt.data.documents import as_text, decode, encoded
+from meshgpt.data.failures import BadInputError
+from meshgpt.data.fields import is_template
 from meshgpt.errors import UserError
 
 _LONG = 1 << 16
@@ -68,6 +70,8 @@ class LongLine:
         skeleton, replaced = decode(bytes(self._skeleton), self._on_invalid, self._where)
         self.replaced += replaced
         value = as_text(skeleton, self._field, self._where)
+        if is_template(self._field) and self._token in value:
+            raise BadInputError(f"{self._where} has a text too long for --template: split it, or name one --field")
         spools = {self._placeholder(i): spool for i, spool in enumerate(self._spools)}
         return ("", spools[value]) if value in spools else (value, None)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import IO, TYPE_CHECKING, Any, final
 
-from meshgpt.data import formats
+from meshgpt.data import fields, formats
 from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.pieces import Piece, pieces
@@ -51,21 +51,18 @@ class Parquet:
         try:
             with ExitStack() as stack:
                 file = stack.enter_context(self._open(stack))
-                if field not in file.schema_arrow.names:
-                    raise BadInputError(
-                        f"{self.name} has no column {field!r}, only {file.schema_arrow.names}: name it with --field"
-                    )
-                for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
-                    for value in batch.column(0).to_pylist():
+                columns = fields.columns(field, file.schema_arrow.names, self.name)
+                for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                    for row in batch.to_pylist():
                         rows += 1
                         progress[0] = rows / file.metadata.num_rows
-                        data = value.encode() if isinstance(value, str) else value
-                        if isinstance(data, bytes):
+                        try:
+                            data = fields.bytes_of(row, field, f"{self.name}:{rows}", "column")
+                        except BadInputError as error:
+                            yield error
+                        else:
                             digest.update(len(data).to_bytes(8, "little") + data)
                             yield data
-                        else:
-                            kind = "null" if value is None else type(value).__name__
-                            yield UserError(f"{self.name}:{rows}: column {field!r} is a {kind}, not text")
         except OSError as error:
             if error.errno is None and "://" not in self._file.path:  # pyarrow's word for broken pages
                 raise BadInputError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.atomic import rename_folder, write_atomically
-from meshgpt.data import formats, held_out
+from meshgpt.data import fields, formats, held_out
 from meshgpt.data.claim import LOCK, READER, StoreDiffersError, claim
 from meshgpt.data.documents import Document, Rules, documents
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
@@ -65,7 +65,11 @@ class Prepare:
     val_fraction: float = 0.01
     """Share of the documents of `sources` that is held out, chosen by a hash of their content."""
     field: str = "text"
-    """Field of a `.jsonl` line, or column of a `.parquet` file, that holds the text."""
+    """Field of a record of JSON, or column of a `.parquet` file, that holds the text; with dots where it lies within
+    others: `doc.text`."""
+    template: str | None = None
+    """Text made of several fields, in place of `field`, such as `{question}\\n{answer}`: names in braces stand for
+    fields, `\\n` for a line break."""
     extensions: tuple[str, ...] = TEXT_EXTENSIONS
     """Which files of a folder are read (compressed ones too), by their endings."""
     on_invalid_utf8: Literal["replace", "error"] = "replace"
@@ -95,6 +99,7 @@ class Prepare:
             raise UserError("--train-tokenizer needs --vocab-size N (8192 suits a few MB of text, 50257 some GB)")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(f"--vocab-size {self.vocab_size} goes with --train-tokenizer; a loaded one has its own")
+        self._check_fields()
         if not 0.0 <= self.val_fraction < 1.0:
             raise UserError(f"val_fraction {self.val_fraction} must be at least 0 and less than 1")
         for name in ("shard_tokens", "tokenizer_bytes"):
@@ -107,11 +112,21 @@ class Prepare:
         if self.workers < 0:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
+    def _check_fields(self) -> None:
+        if self.template is not None:
+            fields.template(self.template)
+            if self.field != "text":
+                raise UserError(f"--field {self.field!r} and --template {self.template!r}: give one of the two")
+
+    @property
+    def _text_of(self) -> str:
+        return self.field if self.template is None else fields.template(self.template)
+
     @property
     def rules(self) -> Rules:
         """How bytes become documents."""
         return Rules(
-            field=self.field,
+            field=self._text_of,
             on_invalid_utf8=self.on_invalid_utf8,
             bad_records=self.bad_records,
             val_fraction=self.val_fraction,
@@ -120,7 +135,7 @@ class Prepare:
     @property
     def reading(self) -> Reading:
         """How sources are read."""
-        return Reading(field=self.field, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
+        return Reading(field=self._text_of, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
 
 
 def prepare(config: Prepare, progress: Progress) -> Store:
@@ -253,6 +268,7 @@ def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
     rules = {name: value for name, value in asdict(config.rules).items() if value or name != "tails"}
+    rules["field"] = config.template or config.field
     sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {
         "format": "meshgpt token store",
@@ -276,6 +292,9 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
     if config.extensions == TEXT_EXTENSIONS:
         settings["extensions"] = _FIRST_EXTENSIONS  # what the default finds now is in `files`
+    for name in ("template",):  # what is not given is not in the request, as in those of before
+        if settings[name] is None:
+            del settings[name]
     for name in ("sources", "val_sources"):
         settings[name] = [shown(source) for source in settings[name]]
     return json.loads(json_text({**settings, READER: 2}))

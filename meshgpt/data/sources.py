@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, final
 
-from meshgpt.data import archives, blocks, formats, hf_source, parquet, standard_input, text_files, tfds_source
+from meshgpt.data import (
+    archives,
+    blocks,
+    formats,
+    hf_source,
+    parquet,
+    saved_source,
+    standard_input,
+    text_files,
+    tfds_source,
+)
 from meshgpt.data.blocks import Origin
 from meshgpt.data.documents import Block
 from meshgpt.data.failures import BadInputError
@@ -116,6 +126,8 @@ def list_inputs(
             found += tfds_source.list_inputs(source)
         elif source.startswith(hf_source.PREFIX):
             found += hf_source.list_inputs(source)
+        elif saved_source.is_one(source):
+            found.append(saved_source.Saved(source))
         elif source == standard_input.NAME:
             found.append(text_files.Text(standard_input.spooled()))
         else:
