@@ -205,7 +205,7 @@ def _positional_first(cls: type, arguments: Sequence[str], positional: str) -> l
             free += arguments[index + 1 :]
             break
         name, equals, _ = word.partition("=")
-        if name.startswith("-") and not re.fullmatch(r"-\.?\d.*", name):
+        if name.startswith("-") and name != "-" and not re.fullmatch(r"-\.?\d.*", name):
             groups.append([word])
             missing = 0 if equals else sizes.get(_spelled(name), _MANY)
         elif missing:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import sysconfig
@@ -155,6 +156,12 @@ def test_a_locally_built_tensorflow_data_set(config: Prepare, tmp_path: Path, mo
     assert sorted(texts_of(store)) == sorted(TEXTS)
     assert names_of(store)[11] == f"tfds:{folder}/train:text[10:20]:12"
     assert "tensorflow" not in sys.modules
+    few = prepare(replace(config, sources=(f"tfds:{folder}/train[:3]:text",), out=config.out + "2"), quiet)
+    assert texts_of(few) == texts_of(store)[:3]
+    for path in folder.glob("*.array_record*"):
+        os.utime(path, ns=(1, 1))  # built again, with other text of the same length
+    with pytest.raises(UserError, match="was added, removed or changed"):
+        prepare(replace(config, sources=(f"tfds:{folder}/train:text",)), quiet)
     refused = {
         f"tfds:{folder}/test:text": r"there is no split 'test', only \['train'\]",
         f"tfds:{folder}/train:body": r"there is no field 'body', only \['id', 'text'\]",

@@ -13,6 +13,7 @@ from meshgpt import convert, flags, runtime
 from meshgpt.data.prepare import Prepare
 from meshgpt.data.prepare import prepare as prepare_store
 from meshgpt.data.store import Store
+from meshgpt.data.unread import told
 from meshgpt.distributed.mesh import MeshShape, make_mesh
 from meshgpt.errors import UserError
 from meshgpt.inference.generate import Sampling, generate_text
@@ -37,6 +38,14 @@ def prepare(arguments: Sequence[str]) -> None:
     counts = store.index["counts"]
     if counts["bad_records"]:
         print("\n  ".join([f"{counts['bad_records']:,} bad records were skipped; the first:", *counts["first_bad"]]))
+    print(*[f"{line}\n" for line in told(store.index.get("not_read", {}))], sep="", end="")
+    if "held_out" in store.index:
+        print(f"held out: {store.index['held_out']}; by hash, as is usual, it would have been none or all")
+    if counts.get("in_both"):
+        print(
+            f"{counts['in_both']:,} documents ({counts['in_both_bytes']:,} bytes) whose text is in --val-sources too "
+            "were left out of training"
+        )
     if counts["duplicates"]:
         print(f"{counts['duplicates']:,} duplicates dropped, {counts['duplicate_bytes']:,} bytes")
     print(*[f"{line}\n" for line in _losses(store, request.vocab_size)], sep="", end="")

@@ -8,16 +8,18 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, TypeVar
 
-from meshgpt.data import documents
+from meshgpt.data import documents, formats
 from meshgpt.data.documents import Block, Fragment, Span, document_digest, split_hash
+from meshgpt.data.failures import BadInputError, explain
 from meshgpt.data.long_line import LongLine
 from meshgpt.errors import UserError
 
+_T = TypeVar("_T")
 BLOCK_BYTES = 1 << 20
 LONG_LINE_BYTES = 16 << 20
 _CUT_WINDOW = 1 << 16  # bytes at a block's end in which a place to cut is looked for
@@ -33,6 +35,7 @@ class Origin:
         field: the field or column that holds the text.
         on_invalid_utf8: as in `documents.Rules`.
         scratch: a folder for temporary files.
+        tails: as in `documents.Rules`.
     """
 
     file: int
@@ -41,9 +44,10 @@ class Origin:
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
+    tails: float = 0.0
 
     def block(
-        self, kind: Literal["text", "json_lines", "records", "bad"], data: bytes, record: int = 0,
+        self, kind: Literal["text", "json_lines", "json_records", "records", "bad"], data: bytes, record: int = 0,
         lengths: tuple[int, ...] = (), fragment: Fragment | None = None,
     ) -> Block:  # fmt: skip
         """A block with one span."""
@@ -64,17 +68,18 @@ def text_blocks(open_text: Callable[[], AbstractContextManager[IO[bytes]]], orig
     """
     with open_text() as stream:
         data = without_bom(stream.read(BLOCK_BYTES + 1))
+        problem = formats.binary(data, origin.name)
+        if problem:
+            raise BadInputError(problem)
         if len(data) <= BLOCK_BYTES:
             yield origin.block("text", data)
             return
-    try:
+
+    def chunks() -> Iterator[bytes]:
         with open_text() as stream:
-            whole = _survey(_chunks(stream), origin)
-    except UserError as error:
-        yield origin.block("bad", str(error).encode())
-        return
-    with open_text() as stream:
-        yield from fragments(_chunks(stream), whole, origin, 0)
+            yield from _chunks(stream)
+
+    yield from _long_document(chunks, origin, 0)
 
 
 def json_blocks(stream: IO[bytes], origin: Origin) -> Iterator[Block]:
@@ -104,6 +109,40 @@ def json_blocks(stream: IO[bytes], origin: Origin) -> Iterator[Block]:
     yield origin.block("json_lines", b"".join(rest), line)
 
 
+def json_value_blocks(values: Iterator[tuple[bytes, bool]], origin: Origin) -> Iterator[Block]:
+    """Records of JSON that are not a line each, about a block at a time; a very long one as in `json_blocks`.
+
+    Args:
+        values: pieces of records, each with whether a record ends with it.
+    """
+    waiting: list[bytes] = []
+    begun: list[bytes] = []
+    number, size, begun_size = 1, 0, 0  # of the record that is being read, of `waiting`, of `begun`
+    broken: list[Exception] = []
+    for piece, ends in _as_far_as(values, broken):
+        begun.append(piece)
+        begun_size += len(piece)
+        if begun_size > LONG_LINE_BYTES and not ends:
+            if waiting:
+                yield _records(waiting, origin, number, "json_records")
+                waiting, size = [], 0
+            reader = LongLine(f"{origin.name}:{number}", origin.field, origin.on_invalid_utf8, origin.scratch)
+            with closing(reader):
+                yield from _long_line(reader, _until_end(begun, values), origin, number)
+            number, begun, begun_size = number + 1, [], 0
+        elif ends:
+            record = b"".join(begun)
+            if waiting and size + len(record) > BLOCK_BYTES:
+                yield _records(waiting, origin, number, "json_records")
+                waiting, size = [], 0
+            waiting.append(record)
+            size += len(record)
+            number, begun, begun_size = number + 1, [], 0
+    yield _records(waiting, origin, number, "json_records")
+    if broken:
+        raise broken[0]
+
+
 def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: int = 1) -> Iterator[Block]:
     """Records, each one text or what is wrong with it, about a block at a time.
 
@@ -112,8 +151,9 @@ def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: i
     """
     waiting: list[bytes] = []
     size = 0
-    number = first
-    for number, record in enumerate(records, start=first):
+    number = first - 1
+    broken: list[Exception] = []
+    for number, record in enumerate(_as_far_as(records, broken), start=first):
         length = BLOCK_BYTES if isinstance(record, UserError) else len(record)  # a bad one stands alone
         if waiting and size + length > BLOCK_BYTES:
             yield _records(waiting, origin, number)
@@ -126,6 +166,49 @@ def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: i
             waiting.append(record)
             size += len(record)
     yield _records(waiting, origin, number + 1)
+    if broken:
+        raise broken[0]
+
+
+def _as_far_as(items: Iterable[_T], broken: list[Exception]) -> Iterator[_T]:
+    """`items` until they break off; what they raised goes to `broken`, for after what was read."""
+    try:
+        yield from items
+    except Exception as error:
+        broken.append(error)
+
+
+def _long_document(
+    chunks: Callable[[], Iterator[bytes]], origin: Origin, number: int, replaced: int = 0
+) -> Iterator[Block]:
+    """A document in fragments, or two of it, its head and its held-out tail. chunks: its bytes, from the beginning."""
+    cut = _tail_start(chunks, origin.tails) if origin.tails and not origin.held_out else 0
+    parts = [(origin, 0, cut), (replace(origin, held_out=True), cut, None)] if cut else [(origin, 0, None)]
+    try:
+        wholes = [_survey(_range(chunks(), at, stop), of, 0 if at else replaced) for of, at, stop in parts]
+    except UserError as error:
+        yield origin.block("bad", str(error).encode())
+        return
+    for (of, start, stop), whole in zip(parts, wholes, strict=True):
+        yield from fragments(_range(chunks(), start, stop), whole, of, number)
+
+
+def _tail_start(chunks: Callable[[], Iterator[bytes]], share: float) -> int:
+    """`documents.tail_start` of a long document, in bytes."""
+    wanted = int(sum(map(len, chunks())) * (1 - share))
+    window = b"".join(_range(chunks(), max(0, wanted - LONG_LINE_BYTES), wanted))
+    at = max(window.rfind(b"\n"), 0) or max(window.rfind(b" "), 0)
+    return wanted - len(window) + at + 1 if at else 0
+
+
+def _range(chunks: Iterator[bytes], start: int, stop: int | None) -> Iterator[bytes]:
+    """Bytes [start, stop) of all that come."""
+    at = 0
+    for chunk in chunks:
+        piece = chunk[max(0, start - at) : None if stop is None else max(0, stop - at)]
+        at += len(chunk)
+        if piece:
+            yield piece
 
 
 def fragments(chunks: Iterable[bytes], whole: Fragment, origin: Origin, record: int) -> Iterator[Block]:
@@ -203,7 +286,7 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
 
 def _until_newline(rest: list[bytes], stream: IO[bytes], left: list[bytes]) -> Iterator[bytes]:
     """The bytes of a line that began with `rest`; what is read beyond it goes to `left`."""
-    yield from rest
+    yield without_bom(b"".join(rest))
     while chunk := stream.read(BLOCK_BYTES):
         at = chunk.find(b"\n")
         if at >= 0:
@@ -213,36 +296,48 @@ def _until_newline(rest: list[bytes], stream: IO[bytes], left: list[bytes]) -> I
         yield chunk
 
 
+def _until_end(begun: list[bytes], values: Iterator[tuple[bytes, bool]]) -> Iterator[bytes]:
+    """The bytes of a record that began with `begun`."""
+    yield from begun
+    for piece, ends in values:
+        yield piece
+        if ends:
+            return
+
+
 def _long_line(line: LongLine, chunks: Iterator[bytes], origin: Origin, number: int) -> Iterator[Block]:
     try:
         for chunk in chunks:
             line.feed(chunk)
         text, spool = line.finish()
-    except UserError as error:
+        data, line.replaced = documents.encoded(text, line.replaced, origin.on_invalid_utf8, f"{origin.name}:{number}")
+    except Exception as error:
+        problem = explain(error, f"{origin.name}:{number}")
+        if not isinstance(problem, UserError):
+            raise problem from error
         for _ in chunks:  # to the line's end, where the next one begins
             pass
-        yield origin.block("bad", str(error).encode())
+        yield origin.block("bad", str(problem).encode())
         return
     if spool is None:
-        yield origin.block("records", text.encode(), number, (len(text.encode()),))
+        yield origin.block("records", data, number, (len(data),))
         return
-    spool.seek(0)
-    whole = _survey(iter(partial(spool.read, BLOCK_BYTES), b""), origin, line.replaced)
-    spool.seek(0)
-    yield from fragments(iter(partial(spool.read, BLOCK_BYTES), b""), whole, origin, number)
+
+    def again() -> Iterator[bytes]:
+        spool.seek(0)
+        yield from iter(partial(spool.read, BLOCK_BYTES), b"")
+
+    yield from _long_document(again, origin, number, line.replaced)
 
 
 def _long_record(data: bytes, origin: Origin, number: int) -> Iterator[Block]:
     pieces = [data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES)]
-    try:
-        whole = _survey(pieces, origin)
-    except UserError as error:
-        yield origin.block("bad", str(error).encode())
-        return
-    yield from fragments(pieces, whole, origin, number)
+    yield from _long_document(lambda: iter(pieces), origin, number)
 
 
-def _records(waiting: list[bytes], origin: Origin, number: int) -> Block:
+def _records(
+    waiting: list[bytes], origin: Origin, number: int, kind: Literal["records", "json_records"] = "records"
+) -> Block:
     """`waiting`, which end before record `number`."""
     lengths = tuple(len(record) for record in waiting)
-    return origin.block("records", b"".join(waiting), number - len(waiting), lengths)
+    return origin.block(kind, b"".join(waiting), number - len(waiting), lengths)

@@ -5,15 +5,18 @@ Everything here is a pure function of the bytes, so it may run in any process.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from meshgpt.data.failures import explain
+from meshgpt.data.fields import text_of
 from meshgpt.errors import UserError
 
 SPLIT_PREFIX = 65_536  # bytes of a document that decide its split, so that a document of any size is decided at once
 _REPLACEMENT = "\ufffd"
+_BOM = b"\xef\xbb\xbf"  # before a line where files were joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,13 @@ class Block:
     """About a megabyte of source bytes, the unit of work: spans laid end to end in `payload`.
 
     Attributes:
-        kind: whole files or a fragment, lines of JSON, records that are texts, or a message about a bad record.
-        lengths: bytes of each record, one after the other (kind "records").
+        kind: whole files or a fragment, lines of JSON, records of JSON, records that are texts, or a message about a
+            bad record.
+        lengths: bytes of each record, one after the other (kinds "records" and "json_records").
         fragment: set where the payload is a part of one document.
     """
 
-    kind: Literal["text", "json_lines", "records", "bad"]
+    kind: Literal["text", "json_lines", "json_records", "records", "bad"]
     spans: tuple[Span, ...]
     payload: bytes
     lengths: tuple[int, ...] = ()
@@ -96,11 +100,12 @@ class Rules:
     """How bytes become documents.
 
     Attributes:
-        field: the JSON field that holds the text.
+        field: the JSON field that holds the text, as `fields.text_of` takes it.
         on_invalid_utf8: put U+FFFD for bytes that are not UTF-8 and count them, or hold it for a bad record.
         bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
         parse_special: special tokens that are written in a text become their ids.
+        tails: the share of each document that is held out, its end; for where there are few documents.
     """
 
     field: str
@@ -108,6 +113,7 @@ class Rules:
     bad_records: Literal["error", "skip"]
     val_fraction: float
     parse_special: bool = False
+    tails: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,7 @@ class Document:
         record: its line in the file, 0 for a whole file.
         digest: 16 bytes, `document_digest`; zeros for a fragment.
         replaced: how many U+FFFD stand for bytes that were not UTF-8.
+        split_hash: what decided whether it is held out.
     """
 
     file: int
@@ -126,6 +133,7 @@ class Document:
     held_out: bool
     digest: bytes
     replaced: int
+    split_hash: float
 
 
 def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
@@ -140,16 +148,21 @@ def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
     for parse in _parsers(block, rules):
         try:
             document = parse()
-        except UserError as error:
-            if rules.bad_records == "error":
-                raise
-            bad.append(str(error))
+        except Exception as error:
+            problem = explain(error, block.spans[0].name)
+            if rules.bad_records == "error" or not isinstance(problem, UserError):
+                raise problem from error
+            bad.append(str(problem))
         else:
-            if document is not None and document.text:
+            if document is None or not document.text:
+                continue
+            if rules.tails and not document.held_out and block.fragment is None:
+                yield from _head_and_tail(document, rules.tails)
+            else:
                 yield document
 
 
-def _parsers(block: Block, rules: Rules) -> Iterator[Callable[[], Document | None]]:
+def _parsers(block: Block, rules: Rules) -> Iterator[partial[Document | None]]:
     """A function for each record of a block that gives its document, or raises what is wrong with it."""
     if block.kind == "bad":
         yield partial(_refuse, block.payload.decode())
@@ -168,8 +181,9 @@ def _parsers(block: Block, rules: Rules) -> Iterator[Callable[[], Document | Non
                     yield partial(_json, span, number, line, rules)
         else:
             start = 0
+            parse = _text if block.kind == "records" else _json
             for number, length in enumerate(block.lengths, start=span.record):
-                yield partial(_text, span, number, data[start : start + length], rules)
+                yield partial(parse, span, number, data[start : start + length], rules)
                 start += length
 
 
@@ -182,6 +196,15 @@ def decode(data: bytes, on_invalid: Literal["replace", "error"], name: str) -> t
             raise not_utf8(name, error) from error
     text = data.decode("utf-8", errors="replace")
     return text, text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+
+
+def encoded(text: str, replaced: int, on_invalid: Literal["replace", "error"], name: str) -> tuple[bytes, int]:
+    """Text from JSON as UTF-8, and `replaced` with what was replaced here: JSON can spell half a surrogate pair."""
+    try:
+        return text.encode(), replaced
+    except UnicodeEncodeError:
+        text, lone = decode(text.encode("utf-8", errors="surrogatepass"), on_invalid, name)
+        return text.encode(), replaced + lone
 
 
 def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
@@ -211,16 +234,35 @@ def as_text(line: str, field: str, where: str) -> str:
     """
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}): repair or remove that line") from error
+    except Exception as error:
+        raise explain(error, where) from error
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a JSON {type(record).__name__}, not an object: each line must be one object")
-    if field not in record:
-        raise UserError(f"{where} has no field {field!r}, only {sorted(record)}: name the text's with --field")
-    if not isinstance(record[field], str):
-        kind = type(record[field]).__name__
-        raise UserError(f"{where}: field {field!r} is a {kind}, not text: name another with --field")
-    return record[field]
+    return text_of(record, field, where)
+
+
+def tail_start(text: str, share: float) -> int:
+    """Where the end of a text begins that holds about `share` of it: with a line, failing that with a word; 0: nowhere.
+
+    What stands before and what follows both hold more than spaces.
+    """
+    size = len(text.rstrip())
+    wanted = size - max(1, round(size * share))
+    for separator in ("\n", " "):
+        for at in (text.rfind(separator, 0, wanted), text.find(separator, wanted, size)):
+            if at >= 0 and text[:at].strip():
+                return at + 1
+    return 0
+
+
+def _head_and_tail(document: Document, share: float) -> Iterator[Document]:
+    start = tail_start(document.text, share)
+    for text, held_out in ((document.text[:start], False), (document.text[start:], bool(start))):
+        if text:
+            digest = document_digest()
+            digest.update(text.encode())
+            replaced = document.replaced if not held_out else 0
+            yield replace(document, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced)
 
 
 def _refuse(message: str) -> None:
@@ -236,6 +278,7 @@ def _fragment(span: Span, data: bytes, fragment: Fragment, rules: Rules) -> Docu
         held_out=span.held_out or fragment.split_hash < rules.val_fraction,
         digest=bytes.fromhex(fragment.digest),
         replaced=replaced + (fragment.replaced if fragment.closes else 0),
+        split_hash=fragment.split_hash,
     )
 
 
@@ -246,21 +289,22 @@ def _text(span: Span, record: int, data: bytes, rules: Rules) -> Document:
 
 def _json(span: Span, record: int, line: bytes, rules: Rules) -> Document:
     where = f"{span.name}:{record}"
-    decoded, replaced = decode(line, rules.on_invalid_utf8, where)
+    decoded, replaced = decode(line.removeprefix(_BOM), rules.on_invalid_utf8, where)
     text = as_text(decoded, rules.field, where)
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-        text, lone = decode(text.encode("utf-8", errors="surrogatepass"), rules.on_invalid_utf8, where)
-        replaced += lone
-        encoded = text.encode()
-    return _document(span, record, text, encoded, replaced, rules)
+    data, replaced = encoded(text, replaced, rules.on_invalid_utf8, where)
+    return _document(span, record, data.decode(), data, replaced, rules)
 
 
 def _document(span: Span, record: int, text: str, data: bytes, replaced: int, rules: Rules) -> Document:
     digest = document_digest()
     digest.update(data)
-    held_out = span.held_out or split_hash(data) < rules.val_fraction
+    number = split_hash(data)
     return Document(
-        file=span.file, record=record, text=text, held_out=held_out, digest=digest.digest(), replaced=replaced
+        file=span.file,
+        record=record,
+        text=text,
+        held_out=span.held_out or number < rules.val_fraction,
+        digest=digest.digest(),
+        replaced=replaced,
+        split_hash=number,
     )

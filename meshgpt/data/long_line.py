@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, final
 
-from meshgpt.data.documents import as_text, decode
+from meshgpt.data.documents import as_text, decode, encoded
+from meshgpt.data.failures import BadInputError
+from meshgpt.data.fields import is_template
 from meshgpt.errors import UserError
 
 _LONG = 1 << 16
@@ -68,6 +70,8 @@ class LongLine:
         skeleton, replaced = decode(bytes(self._skeleton), self._on_invalid, self._where)
         self.replaced += replaced
         value = as_text(skeleton, self._field, self._where)
+        if is_template(self._field) and self._token in value:
+            raise BadInputError(f"{self._where} has a text too long for --template: split it, or name one --field")
         spools = {self._placeholder(i): spool for i, spool in enumerate(self._spools)}
         return ("", spools[value]) if value in spools else (value, None)
 
@@ -126,11 +130,7 @@ class LongLine:
     def _unescaped(self, piece: bytes) -> bytes:
         text, replaced = decode(piece, self._on_invalid, self._where)
         text = json.loads(f'"{text}"')
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
-            text, lone = decode(text.encode("utf-8", errors="surrogatepass"), self._on_invalid, self._where)
-            data, replaced = text.encode(), replaced + lone
+        data, replaced = encoded(text, replaced, self._on_invalid, self._where)
         self.replaced += replaced
         return data
 

@@ -4,14 +4,19 @@ Memory: a row group's compressed pages at most, and one value; values above a bl
 """
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, final
+from contextlib import ExitStack
+from typing import IO, TYPE_CHECKING, Any, final
 
+from meshgpt.data import fields, formats
 from meshgpt.data.blocks import Origin, record_blocks
-from meshgpt.data.documents import Block
-from meshgpt.data.streams import FileDigest
+from meshgpt.data.failures import BadInputError
+from meshgpt.data.pieces import Piece, pieces
+from meshgpt.data.streams import FileDigest, open_stream
 from meshgpt.data.text_files import SourceFile
-from meshgpt.errors import UserError, explained
+from meshgpt.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -26,54 +31,59 @@ class Parquet:
     small = False
 
     def __init__(self, file: SourceFile):
-        self._path = file.path
+        self._file = file
         self.name, self.size, self.version, self.location = file.name, file.size, file.version, file.location
+        self.earlier = None if file.new else file.version
 
-    def read(self, origin: Origin) -> Iterator[tuple[Block, FileDigest | None, int]]:
+    def read(self, origin: Origin) -> Iterator[Piece]:
         progress = [0.0]
         digest = hashlib.sha256()
-        held: Block | None = None
-        for block in record_blocks(self._records(origin.field, progress, digest), origin):
-            if held is not None:
-                yield held, None, int(progress[0] * self.size)
-            held = block
-        assert held is not None
-        yield held, FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()), self.size
+        blocks = record_blocks(self._records(origin.field, progress, digest), origin)
+        return pieces(
+            blocks,
+            origin,
+            lambda _: int(progress[0] * self.size),
+            lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
+        )
 
     def _records(self, field: str, progress: list[float], digest: Any) -> Iterator[bytes | UserError]:
-        import pyarrow
-
         rows = 0
         try:
-            with self._open() as file:
-                if field not in file.schema_arrow.names:
-                    raise UserError(
-                        f"{self.name} has no column {field!r}, only {file.schema_arrow.names}: name it with --field"
-                    )
-                for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
-                    for value in batch.column(0).to_pylist():
+            with ExitStack() as stack:
+                file = stack.enter_context(self._open(stack))
+                columns = fields.columns(field, file.schema_arrow.names, self.name)
+                for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                    for row in batch.to_pylist():
                         rows += 1
                         progress[0] = rows / file.metadata.num_rows
-                        data = value.encode() if isinstance(value, str) else value
-                        if isinstance(data, bytes):
+                        try:
+                            data = fields.bytes_of(row, field, f"{self.name}:{rows}", "column")
+                        except BadInputError as error:
+                            yield error
+                        else:
                             digest.update(len(data).to_bytes(8, "little") + data)
                             yield data
-                        else:
-                            kind = "null" if value is None else type(value).__name__
-                            yield UserError(f"{self.name}:{rows}: column {field!r} is a {kind}, not text")
-        except (pyarrow.ArrowException, OSError) as error:
-            text = f"{self.name} is no parquet file, or a damaged one ({error}): fetch it again"
-            numbered = isinstance(error, OSError) and error.errno is not None  # else of a damaged file
-            raise (explained(error, text) if numbered else UserError(text)) from error
+        except OSError as error:
+            if error.errno is None and "://" not in self._file.path:  # pyarrow's word for broken pages
+                raise BadInputError(
+                    f"{self.name} is no parquet file, or a damaged one ({error}): fetch it again"
+                ) from error
+            raise
 
-    def _open(self) -> "pyarrow.parquet.ParquetFile":
+    def _open(self, stack: ExitStack) -> "pyarrow.parquet.ParquetFile":
         try:
             from pyarrow import parquet
         except ImportError as error:
             raise UserError(f"{self.name} needs pyarrow: pip install 'meshgpt[parquet]'") from error
-        if "://" not in self._path:
-            return parquet.ParquetFile(self._path, pre_buffer=False)
-        import fsspec
+        file = self._file
+        if formats.compression(file.name) or type(file) is not SourceFile:  # it is read from both ends
+            return parquet.ParquetFile(self._unpacked(stack), pre_buffer=False)
+        remote = "://" in file.path
+        return parquet.ParquetFile(stack.enter_context(file.open()) if remote else file.path, pre_buffer=False)
 
-        handle: Any = fsspec.open(self._path, "rb").open()  # pyright: ignore[reportAttributeAccessIssue]
-        return parquet.ParquetFile(handle, pre_buffer=False)
+    def _unpacked(self, stack: ExitStack) -> IO[bytes]:
+        spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        with open_stream(self._file) as (stream, _):
+            shutil.copyfileobj(stream, spool)
+        spool.seek(0)
+        return spool

@@ -14,28 +14,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.atomic import rename_folder, write_atomically
-from meshgpt.data.documents import Rules, documents
+from meshgpt.data import fields, formats, held_out
+from meshgpt.data.claim import LOCK, READER, StoreDiffersError, claim
+from meshgpt.data.documents import Document, Rules, documents
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
 from meshgpt.data.store import INDEX, Store, tokenizer_files
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_sentencepiece
+from meshgpt.data.unread import Unread, shown
 from meshgpt.data.worker import WorkerPool, token_dtype
-from meshgpt.data.writer import Counts, StoreWriter
+from meshgpt.data.writer import JOURNAL, Counts, StoreWriter
 from meshgpt.errors import UserError, explained
 from meshgpt.settings import json_text, settings
+
+__all__ = ["Prepare", "StoreDiffersError", "prepare"]
 
 # Called with what is being done, how much of it is done, and the whole (None where unknown), in bytes.
 Progress = Callable[[str, int, int | None], None]
 
-REQUEST = "request.json"
-_LOCK = "prepare.lock"
 _COMMIT_SECONDS = 2.0
-_LATER = ("parse_special",)
-TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")
+_LATER = ("parse_special", "template")  # settings that requests of before do not have
+_FIRST_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # what requests of all times call the default
+TEXT_EXTENSIONS = (*_FIRST_EXTENSIONS, *formats.NEW_IN_FOLDERS)
 
 
 @settings("data.prepare")
@@ -43,10 +47,11 @@ class Prepare:
     """What to tokenize, how, and where to."""
 
     sources: tuple[str, ...]
-    """Texts to tokenize: text files, `.jsonl` files (both plain, `.gz`, `.zst` or `.xz`) and `.parquet` files, folders
-    and globs of them, also as URLs that fsspec knows; `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; or
-    `stdlib`, the source of the running Python's standard library (without its tests). A text file is one document; of
-    the others each line, row or record is one."""
+    """Texts to tokenize: text files, `.jsonl` and `.json` files (all plain, `.gz`, `.bz2`, `.zst` or `.xz`), `.parquet`
+    files, `.zip` and `.tar` archives of them, folders and globs of them, also as URLs that fsspec knows;
+    `tfds:NAME/SPLIT:FIELD`; `hf:NAME@CONFIG/SPLIT:FIELD`; `-` for standard input; or `stdlib`, the source of the
+    running Python's standard library (without its tests). A text file is one document; of the others each line, row or
+    record is one."""
     out: str
     """Folder of the store to write."""
     tokenizer: str | None = None
@@ -62,7 +67,11 @@ class Prepare:
     val_fraction: float = 0.01
     """Share of the documents of `sources` that is held out, chosen by a hash of their content."""
     field: str = "text"
-    """Field of a `.jsonl` line, or column of a `.parquet` file, that holds the text."""
+    """Field of a record of JSON, or column of a `.parquet` file, that holds the text; with dots where it lies within
+    others: `doc.text`."""
+    template: str | None = None
+    """Text made of several fields, in place of `field`, such as `{question}\\n{answer}`: names in braces stand for
+    fields, `\\n` for a line break."""
     extensions: tuple[str, ...] = TEXT_EXTENSIONS
     """Which files of a folder are read (compressed ones too), by their endings."""
     on_invalid_utf8: Literal["replace", "error"] = "replace"
@@ -94,6 +103,7 @@ class Prepare:
             raise UserError("--train-tokenizer needs --vocab-size N (8192 suits a few MB of text, 50257 some GB)")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(f"--vocab-size {self.vocab_size} goes with --train-tokenizer; a loaded one has its own")
+        self._check_fields()
         if not 0.0 <= self.val_fraction < 1.0:
             raise UserError(f"val_fraction {self.val_fraction} must be at least 0 and less than 1")
         for name in ("shard_tokens", "tokenizer_bytes"):
@@ -106,11 +116,21 @@ class Prepare:
         if self.workers < 0:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
+    def _check_fields(self) -> None:
+        if self.template is not None:
+            fields.template(self.template)
+            if self.field != "text":
+                raise UserError(f"--field {self.field!r} and --template {self.template!r}: give one of the two")
+
+    @property
+    def _text_of(self) -> str:
+        return self.field if self.template is None else fields.template(self.template)
+
     @property
     def rules(self) -> Rules:
         """How bytes become documents."""
         return Rules(
-            field=self.field,
+            field=self._text_of,
             on_invalid_utf8=self.on_invalid_utf8,
             bad_records=self.bad_records,
             val_fraction=self.val_fraction,
@@ -120,18 +140,7 @@ class Prepare:
     @property
     def reading(self) -> Reading:
         """How sources are read."""
-        return Reading(field=self.field, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
-
-
-class StoreDiffersError(UserError):
-    """A folder holds another store than the one asked for. difference: the first thing in which they differ."""
-
-    def __init__(self, out: Path, difference: str):
-        super().__init__(
-            f"{out} holds a store made differently ({difference}): "
-            "choose another --out, or pass --overwrite to replace it"
-        )
-        self.difference = difference
+        return Reading(field=self._text_of, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
 
 
 def prepare(config: Prepare, progress: Progress) -> Store:
@@ -140,16 +149,17 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     Raises:
         UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
     """
-    inputs = list_inputs(config.sources, config.extensions)
-    inputs += list_inputs(config.val_sources, config.extensions, held_out=True)
+    unread = Unread()
+    inputs = list_inputs(config.sources, config.extensions, unread=unread, out=config.out)
+    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, unread=unread, out=config.out)
     check_unique(inputs)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            _claim(out, _request(config, inputs), config.overwrite)
+            claim(out, _request(config, inputs), _request_of_before(config, inputs), config.overwrite)
             if not (out / INDEX).exists():
-                _build(config, inputs, out, progress)
+                _build(config, inputs, unread, out, progress)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk is full ({out}): free space and run this again; what is done is kept") from error
@@ -157,14 +167,29 @@ def prepare(config: Prepare, progress: Progress) -> Store:
     return Store.open(out)
 
 
-def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress) -> None:
-    tokenizer = _tokenizer(config, inputs, out / "tokenizer", progress)
-    writer = StoreWriter(out, token_dtype(tokenizer.vocab_size), config.shard_tokens, config.deduplicate)
+def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, progress: Progress) -> None:
+    hold_out = held_out.decided(out)
+    if hold_out is None and not (out / JOURNAL).exists():
+        hold_out = held_out.foreseen(inputs, config.val_fraction)
+        if hold_out is not None:
+            held_out.decide(out, hold_out)
+    rules, reading = config.rules, config.reading
+    if hold_out is not None:
+        rules, reading = hold_out.rules(rules), replace(reading, tails=hold_out.tails)
+    tokenizer = _tokenizer(config, inputs, rules, reading, out / "tokenizer", progress)
+    writer = StoreWriter(
+        out,
+        token_dtype(tokenizer.vocab_size),
+        config.shard_tokens,
+        config.deduplicate,
+        held=_held(inputs, rules, reading, progress),
+        hold_out=None if hold_out is None else asdict(hold_out),
+    )
     total = sum(one.input.size for one in inputs)
     try:
-        with WorkerPool(config.workers or _cpus(), out / "tokenizer", config.rules) as pool:
+        with WorkerPool(config.workers or _cpus(), out / "tokenizer", rules) as pool:
             committed = time.monotonic()
-            for read, result in pool.map(read_blocks(inputs, config.reading, writer.position)):
+            for read, result in pool.map(read_blocks(inputs, reading, writer.position)):
                 writer.append(read, result)
                 _check_bad(config, writer.counts)
                 progress("tokenizing", read.size_read, total)
@@ -175,10 +200,21 @@ def _build(config: Prepare, inputs: list[Listed], out: Path, progress: Progress)
         writer.close()
         raise
     entries = writer.finish(lambda done, whole: progress("gzip -9 of the held-out text", done, whole))
-    _check_splits(config, entries["splits"])
+    if not config.val_sources:
+        again = held_out.remedy(hold_out, entries["splits"], config.val_fraction, _documents(inputs, rules, reading))
+        if again is not None:
+            held_out.decide(out, again)
+            _build(config, inputs, unread, out, progress)
+            return
+    _check_splits(config, entries)
     index = _index(config, tokenizer, entries, out)
+    if hold_out is not None:
+        index["held_out"] = hold_out.said()
+    if unread.reasons:
+        index["not_read"] = unread.record()
     write_atomically(out / INDEX, json_text(index, indent=1, ensure_ascii=False) + "\n")
     writer.remove_work_files()
+    (out / held_out.DECISION).unlink(missing_ok=True)
 
 
 def _check_bad(config: Prepare, counts: Counts) -> None:
@@ -194,21 +230,51 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _check_splits(config: Prepare, splits: dict[str, Any]) -> None:
+def _documents(inputs: list[Listed], rules: Rules, reading: Reading) -> Iterator[Document]:
+    """All documents, read in this process."""
+    for read in read_blocks(inputs, reading):
+        yield from documents(read.block, rules, [])
+
+
+def _held(inputs: list[Listed], rules: Rules, reading: Reading, progress: Progress) -> set[bytes]:
+    """Digests of the documents of held-out sources, where there are others that may hold the same text."""
+    named = [one for one in inputs if one.held_out]
+    found: set[bytes] = set()
+    for read in read_blocks(named, reading):
+        progress("reading the held-out sources", read.size_read, sum(one.input.size for one in named))
+        found.update(document.digest for document in documents(read.block, rules, []))
+    return found
+
+
+def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
+    splits, counts = entries["splits"], entries["counts"]
     train, val = splits["train"]["num_documents"], splits["val"]["num_documents"]
     where = ", ".join(config.sources)
+    if train + val == 0 and counts["bad_records"]:
+        raise UserError(
+            f"{where} holds no text that can be read: all {counts['bad_records']:,} records are bad, the first: "
+            f"{counts['first_bad'][0]}"
+        )
+    if train == 0 and counts.get("in_both"):
+        raise UserError(
+            f"all {counts['in_both']:,} documents of {where} are in {', '.join(config.val_sources)} too: "
+            "name other text to train on, or leave out --val-sources"
+        )
     if train + val == 0:
         raise UserError(f"{where} holds no text at all: every file is empty")
     if train == 0:
         raise UserError(f"all {val} documents of {where} were held out: lower --val-fraction {config.val_fraction}")
     if val == 0 and config.val_fraction > 0:
         raise UserError(
-            f"none of the {train} documents of {where} fell into the held-out {config.val_fraction:.3%}: raise "
-            "--val-fraction, name held-out text with --val-sources, or pass --val-fraction 0 to go without"
+            f"none of the {train} documents of {where} can be held out in part or whole: name held-out text with "
+            "--val-sources, or pass --val-fraction 0 to go without"
         )
 
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
+    rules = {name: value for name, value in asdict(config.rules).items() if value or name != "tails"}
+    rules["field"] = config.template or config.field
+    sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {
         "format": "meshgpt token store",
         "version": 1,
@@ -218,7 +284,7 @@ def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: 
         "eot_id": tokenizer.eot_id,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer_files(out / "tokenizer")},
         **entries,
-        "prepare": {**asdict(config.rules), "sources": config.sources, "val_sources": config.val_sources},
+        "prepare": {**rules, "sources": sources[0], "val_sources": sources[1]},
     }
 
 
@@ -227,45 +293,33 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     settings = asdict(config)
     for name in ("out", "workers", "overwrite", "tokenizer"):
         del settings[name]
-    for field in dataclasses.fields(config):  # requests of before these settings do not have them
+    for field in dataclasses.fields(config):
         if field.name in _LATER and settings[field.name] == field.default:
             del settings[field.name]
     settings["tokenizer"] = None if config.tokenizer is None else _identity(load_tokenizer(config.tokenizer))
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
-    return json.loads(json_text(settings))
+    if config.extensions == TEXT_EXTENSIONS:
+        settings["extensions"] = _FIRST_EXTENSIONS  # what the default finds now is in `files`
+    for name in ("sources", "val_sources"):
+        settings[name] = [shown(source) for source in settings[name]]
+    return json.loads(json_text({**settings, READER: 2}))
 
 
 def _identity(tokenizer: Tokenizer) -> str:
     return ", ".join(filter(None, [tokenizer.fingerprint, tokenizer.ending]))
 
 
-def _claim(out: Path, request: dict[str, Any], overwrite: bool) -> None:
-    """Makes sure that `out` is new, or holds this very request, finished or not."""
-    path = out / REQUEST
-    if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held == request:
-            return
-        different = [key for key in request if held.get(key) != request[key]]
-        if not overwrite:
-            raise StoreDiffersError(out, _difference(different[0], held, request))
-        for child in out.iterdir():
-            if child.name != _LOCK:
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-    elif any(child.name != _LOCK for child in out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no token store: choose another --out")
-    write_atomically(path, json_text(request, ensure_ascii=False))
+def _request_of_before(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
+    """The same as stores had it that were made before requests recorded the reader."""
+    request = _request(config, inputs)
+    del request[READER]
+    files = [[one.input.name, one.input.size, one.input.earlier] for one in inputs if one.input.earlier is not None]
+    return {**request, "files": files}
 
 
-def _difference(key: str, held: dict[str, Any], request: dict[str, Any]) -> str:
-    if key != "files":
-        return f"{key} was {held.get(key)!r}, now {request[key]!r}"
-    before = {tuple(file) for file in held["files"]}
-    after = {tuple(file) for file in request["files"]}
-    return f"source file {min(before ^ after)[0]} was added, removed or changed" if before != after else "other order"
-
-
-def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Progress) -> Tokenizer:
+def _tokenizer(
+    config: Prepare, inputs: list[Listed], rules: Rules, reading: Reading, folder: Path, progress: Progress
+) -> Tokenizer:
     """Loads or trains the tokenizer, once: an interrupted run finds it in `folder`, which appears whole."""
     if folder.exists():
         return load_tokenizer(folder)
@@ -274,7 +328,7 @@ def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Pr
     else:
         assert config.vocab_size is not None
         train = train_bpe if config.train_tokenizer == "bpe" else train_sentencepiece
-        tokenizer = train(_training_texts(config, inputs, progress), config.vocab_size)
+        tokenizer = train(_training_texts(config, inputs, rules, reading, progress), config.vocab_size)
     temporary = folder.with_name("tokenizer.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -282,18 +336,20 @@ def _tokenizer(config: Prepare, inputs: list[Listed], folder: Path, progress: Pr
     return load_tokenizer(folder)
 
 
-def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -> Iterator[str]:
+def _training_texts(
+    config: Prepare, inputs: list[Listed], rules: Rules, reading: Reading, progress: Progress
+) -> Iterator[str]:
     """About `tokenizer_bytes` of the text, in blocks spread evenly over it, without held-out documents."""
     total = sum(one.input.size for one in inputs)
     share = min(1.0, config.tokenizer_bytes / max(1, total))
     taken, left = 1.0 - share, config.tokenizer_bytes  # the first block in any case
-    for read in read_blocks(inputs, config.reading):
+    for read in read_blocks(inputs, reading):
         progress("training the tokenizer", read.size_read, total)
         taken += share
         if taken < 1.0:
             continue
         taken -= 1.0
-        for document in documents(read.block, config.rules, []):
+        for document in documents(read.block, rules, []):
             if not document.held_out:
                 yield document.text[:left]  # of a source of unknown size all blocks are taken, until it is enough
                 left -= len(document.text.encode())
@@ -304,7 +360,7 @@ def _training_texts(config: Prepare, inputs: list[Listed], progress: Progress) -
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One prepare a folder; the lock dies with the process."""
-    with open(out / _LOCK, "w") as file:
+    with open(out / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

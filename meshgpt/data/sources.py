@@ -6,18 +6,30 @@ workers make the same store. A new kind of source is one file with a class that 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, final
 
-from meshgpt.data import blocks, hf_source, parquet, text_files, tfds_source
+from meshgpt.data import (
+    archives,
+    blocks,
+    formats,
+    hf_source,
+    parquet,
+    saved_source,
+    standard_input,
+    text_files,
+    tfds_source,
+)
 from meshgpt.data.blocks import Origin
 from meshgpt.data.documents import Block
-from meshgpt.data.streams import FileDigest
+from meshgpt.data.failures import BadInputError
+from meshgpt.data.pieces import Piece, pieces
+from meshgpt.data.streams import FileDigest, digest_of
+from meshgpt.data.text_files import SourceFile
+from meshgpt.data.unread import Unread
+from meshgpt.data.walk import HIDDEN, OTHER_ENDING
 from meshgpt.errors import UserError
-
-# A block, the digest of the input if it ends with it, and how much of the input's `size` was read up to here.
-Piece = tuple[Block, FileDigest | None, int]
 
 
 class Input(Protocol):
@@ -27,6 +39,7 @@ class Input(Protocol):
         name: what the store calls it; unique.
         size: how much there is to read, in bytes where it has any, else in records.
         version: another one when its content is another one, as far as can be told without reading it.
+        earlier: the same as stores once had it that did not record the reader; None for what was not read then.
         location: equal for two names of one thing.
         small: whether it is plain text that may share a block with its neighbours.
     """
@@ -34,6 +47,7 @@ class Input(Protocol):
     name: str
     size: int
     version: str
+    earlier: str | None
     location: str
     small: bool
 
@@ -61,6 +75,7 @@ class Reading:
     field: str
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
+    tails: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +102,83 @@ class ReadBlock:
     size_read: int
 
 
-def list_inputs(sources: Sequence[str], extensions: Sequence[str], *, held_out: bool = False) -> list[Listed]:
+def list_inputs(
+    sources: Sequence[str],
+    extensions: Sequence[str],
+    *,
+    held_out: bool = False,
+    unread: Unread | None = None,
+    out: str = "",
+) -> list[Listed]:
     """What `sources` name: `tfds:` and `hf:` data sets, else files, folders (by `extensions`), globs, `stdlib`; sorted.
+
+    Args:
+        unread: told of what is there and is not read.
+        out: the folder of the store, which is not read.
 
     Raises:
         UserError: a source that is missing or holds nothing to read.
     """
+    unread = Unread() if unread is None else unread
     found: list[Input] = []
     for source in sources:
         if source.startswith(tfds_source.PREFIX):
             found += tfds_source.list_inputs(source)
         elif source.startswith(hf_source.PREFIX):
             found += hf_source.list_inputs(source)
+        elif saved_source.is_one(source):
+            found.append(saved_source.Saved(source))
+        elif source == standard_input.NAME:
+            found.append(text_files.Text(standard_input.spooled()))
         else:
-            for file in text_files.list_files(source, extensions):
-                found.append(parquet.Parquet(file) if file.kind == ".parquet" else text_files.Text(file))
+            for file in text_files.list_files(source, extensions, unread, out):
+                found += _file_inputs(file, extensions, unread)
     return [Listed(input=one, held_out=held_out) for one in found]
+
+
+def _file_inputs(file: SourceFile, extensions: Sequence[str], unread: Unread) -> list[Input]:
+    """A file, or the files in an archive."""
+    if file.kind == "parquet":
+        return [parquet.Parquet(file)]
+    if file.kind not in ("zip", "tar"):
+        return [text_files.Text(file)]
+    members, problem = archives.members(file, unread)
+    found: list[Input] = []
+    for member in members:
+        name = member.name.removeprefix(file.name + "/")
+        if archives.hidden(name):
+            unread.add(HIDDEN, member.name)
+        elif member.kind in ("zip", "tar"):
+            unread.add("an archive within an archive", member.name)
+        elif member.kind == "text" and not formats.has_ending(name, extensions):
+            unread.add(OTHER_ENDING, member.name)
+        else:
+            found += _file_inputs(member, extensions, unread)
+    if problem is not None:
+        found.append(Broken(file, problem))
+    if not found:
+        raise UserError(
+            f"{file.name} holds no file to read: its members must end in {', '.join(extensions)}, .json or .parquet "
+            "(name other endings with --extensions)"
+        )
+    return found
+
+
+@final
+class Broken:
+    """What is left of an archive that breaks off: one bad record; an `Input`."""
+
+    small = False
+
+    def __init__(self, file: SourceFile, problem: BadInputError):
+        self._file, self._problem = file, problem
+        self.name, self.size, self.location = f"{file.name} (the rest of it)", file.size, f"{file.location}#rest"
+        self.version = file.version
+        self.earlier: str | None = None
+
+    def read(self, origin: Origin) -> Iterator[Piece]:
+        block = origin.block("bad", str(self._problem).encode())
+        return pieces(iter([block]), origin, lambda _: 0, lambda: replace(digest_of(self._file), name=self.name))
 
 
 def check_unique(listed: Sequence[Listed]) -> None:
@@ -150,13 +226,16 @@ def _read_unit(
         for block, digest, consumed in listed[run.start].input.read(_origin(listed, run.start, reading)):
             yield block, (() if digest is None else (digest,)), consumed
         return
-    pieces = [piece for i in run for piece in listed[i].input.read(_origin(listed, i, reading))]
-    block = Block(
-        kind="text",
-        spans=tuple(span for one, _, _ in pieces for span in one.spans),
-        payload=b"".join(one.payload for one, _, _ in pieces),
-    )
-    yield block, tuple(digest for _, digest, _ in pieces if digest is not None), sum(size for _, _, size in pieces)
+    read = [piece for i in run for piece in listed[i].input.read(_origin(listed, i, reading))]
+    joined: list[Block] = []
+    for block, _, _ in read:
+        if joined and joined[-1].kind == block.kind == "text":
+            before = joined.pop()
+            block = Block(kind="text", spans=before.spans + block.spans, payload=before.payload + block.payload)
+        joined.append(block)
+    for block in joined[:-1]:
+        yield block, (), 0
+    yield joined[-1], tuple(digest for _, digest, _ in read if digest is not None), sum(size for _, _, size in read)
 
 
 def _origin(listed: Sequence[Listed], number: int, reading: Reading) -> Origin:
@@ -167,4 +246,5 @@ def _origin(listed: Sequence[Listed], number: int, reading: Reading) -> Origin:
         field=reading.field,
         on_invalid_utf8=reading.on_invalid_utf8,
         scratch=reading.scratch,
+        tails=reading.tails,
     )

@@ -1,18 +1,19 @@
-"""A file's bytes, decompressed and hashed on the way: plain, .gz, .zst or .xz, on a disk or anywhere fsspec reaches."""
+"""A file's bytes, decompressed and hashed on the way: plain, .gz, .bz2, .xz or .zst, wherever they come from."""
 
+import bz2
 import gzip
 import hashlib
 import io
 import lzma
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Protocol
 
-from meshgpt.errors import UserError, explained
+from meshgpt.data import formats
+from meshgpt.data.failures import BadInputError, explain
+from meshgpt.errors import UserError
 
-COMPRESSED = (".gz", ".zst", ".xz")
 _READ_BYTES = 1 << 20
 
 
@@ -25,9 +26,21 @@ class FileDigest:
     sha256: str
 
 
-def without_compression(name: str) -> str:
-    """`name` less the suffix of its compression."""
-    return next((name.removesuffix(suffix) for suffix in COMPRESSED if name.endswith(suffix)), name)
+class File(Protocol):
+    """What can be opened and read from its beginning.
+
+    Attributes:
+        name: for messages; its endings name the compression and the kind.
+        size: bytes as stored.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    def open(self) -> IO[bytes]:
+        """Its bytes, as they are stored."""
+        ...
 
 
 class HashingReader(io.RawIOBase):
@@ -66,29 +79,23 @@ class HashingReader(io.RawIOBase):
 
 
 @contextmanager
-def open_stream(path: str, name: str, size: int) -> Iterator[tuple[BinaryIO, HashingReader]]:
+def open_stream(file: File) -> Iterator[tuple[BinaryIO, HashingReader]]:
     """A file's text and, under it, its bytes.
-
-    Args:
-        path: on a disk, or a URL that fsspec knows.
-        name: for messages; its suffix names the compression.
-        size: that it should have.
 
     Raises:
         UserError: it cannot be read, or its compressed stream is damaged; names it.
         MachineError: the disk or the network fails.
     """
     try:
-        with _open(path) as handle:
-            raw = HashingReader(name, size, handle)
-            yield _decompress(name, raw), raw
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _ZstdError) as error:
-        raise UserError(f"{name} is damaged or cut short ({error}): fetch it again") from error
-    except OSError as error:
-        raise explained(error, f"cannot read {path}: {error.strerror or error}") from error
+        with file.open() as handle:
+            raw = HashingReader(file.name, file.size, handle)
+            yield _decompress(file.name, raw), raw
+    except Exception as error:
+        raise explain(error, file.name) from error
 
 
-def _open(path: str) -> IO[bytes]:
+def open_path(path: str) -> IO[bytes]:
+    """A file on a disk or, by its URL, anywhere fsspec reaches."""
     if "://" not in path:
         return open(path, "rb", buffering=0)
     import fsspec
@@ -96,18 +103,41 @@ def _open(path: str) -> IO[bytes]:
     return fsspec.open(path, "rb").open()  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
+def digest_of(file: File) -> FileDigest:
+    """Reads a whole file, as it is stored; without a sha256 where it cannot be, as a damaged member of an archive."""
+    try:
+        with file.open() as handle:
+            return HashingReader(file.name, file.size, handle).finish()
+    except Exception as error:
+        problem = explain(error, file.name)
+        if not isinstance(problem, BadInputError):
+            raise problem from error
+        return FileDigest(name=file.name, size=file.size, sha256="")
+
+
 def _decompress(name: str, raw: HashingReader) -> BinaryIO:
-    if name.endswith(".gz"):
+    compression = formats.compression(name)
+    if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)  # pyright: ignore[reportReturnType, reportArgumentType]
-    if name.endswith(".xz"):
+    if compression == ".bz2":
+        return _Bz2File(raw)  # pyright: ignore[reportReturnType, reportArgumentType]
+    if compression == ".xz":
         return lzma.LZMAFile(raw)  # pyright: ignore[reportReturnType, reportArgumentType]
-    if name.endswith(".zst"):
+    if compression == ".zst":
         return _ZstdReader(raw)  # pyright: ignore[reportReturnType]
     return io.BufferedReader(raw, _READ_BYTES)  # pyright: ignore[reportReturnType]
 
 
-class _ZstdError(Exception):
-    """A zstd stream that does not decode."""
+class _Bz2File(bz2.BZ2File):
+    """Says of a damaged stream that it is one: bz2's own OSError looks like one of the network."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(-1 if size is None else size)
+        except OSError as error:
+            if str(error) == "Invalid data stream":
+                raise EOFError(str(error)) from error
+            raise
 
 
 class _ZstdReader:
@@ -127,7 +157,7 @@ class _ZstdReader:
             data = self._raw.read(1 << 13)  # small, since a few bytes can decompress to very many
             if not data:
                 if self._decoder is not None:
-                    raise _ZstdError("the last frame is incomplete")
+                    raise EOFError("the last frame is incomplete")
                 break
             self._feed(data)
         result = bytes(self._ready[:size])
@@ -144,4 +174,4 @@ class _ZstdReader:
                 data = self._decoder.unused_data
                 self._decoder = None
         except self._error as error:
-            raise _ZstdError(str(error)) from error
+            raise EOFError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Files of text and of JSON lines, on a disk or anywhere fsspec reaches, each plain or compressed."""
+"""Files of text and of JSON, on a disk or anywhere fsspec reaches, each plain or compressed."""
 
 import glob
 import os
@@ -6,16 +6,22 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, final
 
-from meshgpt.data.blocks import Origin, json_blocks, text_blocks
-from meshgpt.data.documents import Block
-from meshgpt.data.streams import COMPRESSED, FileDigest, HashingReader, open_stream, without_compression
-from meshgpt.errors import UserError, explained
+from meshgpt.data import formats
+from meshgpt.data.blocks import BLOCK_BYTES, Origin, json_blocks, json_value_blocks, text_blocks, without_bom
+from meshgpt.data.documents import SPLIT_PREFIX, Block
+from meshgpt.data.failures import BadInputError
+from meshgpt.data.json_values import json_values, one_a_line
+from meshgpt.data.pieces import Piece, pieces
+from meshgpt.data.streams import FileDigest, HashingReader, digest_of, open_path, open_stream
+from meshgpt.data.unread import Unread, shown, told
+from meshgpt.data.walk import OTHER_ENDING, is_store, special, walk
+from meshgpt.errors import MachineError, UserError, explained
 
 STDLIB = "stdlib"  # the source that every machine has: the running Python's own library
 _STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_OLD_COMPRESSED = (".gz", ".zst", ".xz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,110 +33,198 @@ class SourceFile:
         name: what the store calls it.
         size: bytes as stored.
         version: another one when it has changed.
+        new: whether it is of a folder, and stores once did not read it.
+        standard_input: whether it holds what came from there.
     """
 
     path: str
     name: str
     size: int
     version: str
+    new: bool = False
+    standard_input: bool = False
 
     @property
-    def kind(self) -> str:
-        """The suffix without the compression's, such as ``.jsonl``."""
-        return Path(without_compression(self.name)).suffix
+    def kind(self) -> formats.Kind:
+        """What is inside."""
+        return formats.kind_of(self.name)
 
     @property
     def location(self) -> str:
         """Equal for two names of one file."""
         return self.path if "://" in self.path else os.path.realpath(self.path)
 
+    def open(self) -> IO[bytes]:
+        """Its bytes, as they are stored."""
+        return open_path(self.path)
+
 
 @final
 class Text:
-    """A text file, which is one document, or a ``.jsonl`` file, of which every line is one; a `sources.Input`."""
+    """A text file, which is one document, or a file of JSON, of which every record is one; a `sources.Input`."""
 
     def __init__(self, file: SourceFile):
         self._file = file
         self.name, self.size, self.version, self.location = file.name, file.size, file.version, file.location
-        self.small = file.kind != ".jsonl" and not file.name.endswith(COMPRESSED)
+        self.earlier = None if file.new else file.version
+        self.small = file.kind == "text" and not formats.compression(file.name) and not file.standard_input
 
-    def read(self, origin: Origin) -> Iterator[tuple[Block, FileDigest | None, int]]:
+    @property
+    def one_document(self) -> bool:
+        """Whether it is known to be one, before it is read."""
+        return self._file.kind == "text" and not self._file.standard_input
+
+    def head(self) -> bytes:
+        """What decides its split, if it is one document; nothing where it cannot be read."""
+        try:
+            with open_stream(self._file) as (stream, _):
+                return without_bom(stream.read(SPLIT_PREFIX + 3))[:SPLIT_PREFIX]
+        except (UserError, MachineError):
+            return b""
+
+    def read(self, origin: Origin) -> Iterator[Piece]:
         opened: list[HashingReader] = []
+        digests: list[FileDigest] = []
 
         @contextmanager
         def open_text() -> Iterator[IO[bytes]]:
-            with open_stream(self._file.path, self.name, self.size) as (stream, raw):
+            with open_stream(self._file) as (stream, raw):
                 opened.append(raw)
                 yield stream
                 digests.append(raw.finish())
 
-        digests: list[FileDigest] = []
-        held: Block | None = None
-        for block in self._blocks(open_text, origin):
-            if held is not None:
-                yield held, None, opened[-1].size
-            held = block
-        assert held is not None
-        if len({digest.sha256 for digest in digests}) != 1:
-            raise UserError(f"{self.name} changed while it was read: run again when nothing writes to it")
-        yield held, digests[-1], self.size
+        def finish() -> FileDigest:
+            if len({digest.sha256 for digest in digests}) > 1:
+                raise UserError(f"{self.name} changed while it was read: run again when nothing writes to it")
+            return digests[-1] if digests else digest_of(self._file)
+
+        return pieces(self._blocks(open_text, origin), origin, lambda _: opened[-1].size, finish)
 
     def _blocks(self, open_text: Any, origin: Origin) -> Iterator[Block]:
-        if self._file.kind != ".jsonl":
+        kind = self._file.kind
+        if kind == "text" and not self._file.standard_input:
             yield from text_blocks(open_text, origin)
             return
         with open_text() as stream:
-            yield from json_blocks(stream, origin)
+            begun = _Begun(stream)
+            problem = formats.binary(begun.head, self.name)
+            if problem:
+                raise BadInputError(problem)
+            if kind == "json_lines" or one_a_line(begun.head):
+                yield from json_blocks(begun, origin)  # pyright: ignore[reportArgumentType]
+                return
+            if kind == "json":
+                yield from json_value_blocks(json_values(begun, self.name), origin)  # pyright: ignore[reportArgumentType]
+                return
+        yield from text_blocks(open_text, origin)
 
 
-def list_files(source: str, extensions: Sequence[str]) -> list[SourceFile]:
+class _Begun:
+    """A stream whose beginning was looked at: `head`."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self.head = self._left = stream.read(BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf")
+
+    def read(self, size: int) -> bytes:
+        data, self._left = self._left[:size], self._left[size:]
+        return data + self._stream.read(size - len(data)) if len(data) < size else data
+
+
+def list_files(source: str, extensions: Sequence[str], unread: Unread | None = None, out: str = "") -> list[SourceFile]:
     """The files of one source: a file, a folder (searched through, by `extensions`), a glob or `STDLIB`; sorted.
+
+    Args:
+        unread: told of what is there and is not read.
+        out: the folder of the store, which is not read.
 
     Raises:
         UserError: there is none, or a place that cannot be listed.
     """
+    unread = Unread() if unread is None else unread
+    out = os.path.realpath(out) if out else ""
     if "://" in source:
-        return _list_remote(source, extensions)
+        return _list_remote(source, extensions, unread)
     if source == STDLIB:
         root = sysconfig.get_path("stdlib")
-        return [_local(path, f"{STDLIB}/{name}") for path, name in _walk(root, (".py",), _STDLIB_SKIP)]
+        found = walk(root, lambda name: formats.has_ending(name, (".py",)), Unread(), _STDLIB_SKIP)
+        return [_local(path, f"{STDLIB}/{name}") for path, name in sorted(found, key=lambda pair: pair[1])]
     if os.path.isdir(source):
-        found = [_local(path, os.path.join(source, name)) for path, name in _walk(source, extensions, frozenset())]
-        return found or _nothing_in(source, extensions)
+        return _list_folder(source, extensions, unread, out)
     if os.path.isfile(source):
         return [_local(source, source)]
-    matches = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
-    if not matches:
+    return _list_glob(source, unread, out)
+
+
+def _list_folder(source: str, extensions: Sequence[str], unread: Unread, out: str) -> list[SourceFile]:
+    if os.path.realpath(source) == out or is_store(source):
+        raise UserError(f"source {source!r} is the folder of a token store: name the folder of its text")
+    found = sorted(
+        walk(source, lambda name: formats.has_ending(name, extensions), unread, out=out), key=lambda pair: pair[1]
+    )
+    if not found:
+        _nothing_in("folder", source, extensions, unread)
+    return [_local(path, os.path.join(source, name), extensions) for path, name in found]
+
+
+def _list_glob(source: str, unread: Unread, out: str) -> list[SourceFile]:
+    try:
+        matches = sorted(glob.glob(source, recursive=True))
+    except RecursionError as error:
+        raise UserError(f"source {source!r}: folders too deep for a pattern: name the folder itself") from error
+    files = []
+    for path in matches:
+        odd = special(path)
+        if odd:
+            unread.add(odd, path)
+        elif os.path.isdir(path):
+            unread.add("a folder that a pattern matches: end the pattern with /**/* for what is in it", path)
+        elif out and os.path.realpath(path).startswith(out + os.sep):
+            unread.add("a part of the store", path)
+        else:
+            files.append(path)
+    if not files and matches:
+        raise UserError(f"source {shown(source)!r} is {special(matches[0]) or 'folders alone'}: {_remedy(matches[0])}")
+    if not files:
         raise UserError(
-            f"source {source!r} does not exist: name a file, a folder, a glob, a URL, tfds:..., hf:..., or {STDLIB!r}"
+            f"source {shown(source)!r} does not exist: "
+            f"name a file, a folder, a glob, a URL, tfds:..., hf:..., {STDLIB!r}, or - for standard input"
         )
-    return [_local(path, path) for path in matches]
+    return [_local(path, path) for path in files]
 
 
-def _nothing_in(source: str, extensions: Sequence[str]) -> list[SourceFile]:
+def _remedy(path: str) -> str:
+    if special(path).startswith("a pipe"):
+        return f"pass its text on standard input (cat {shown(path)} | meshgpt prepare - ...)"
+    return "name what is to be read"
+
+
+def _nothing_in(what: str, source: str, extensions: Sequence[str], unread: Unread) -> None:
+    found = "; ".join(told(unread.record()))
     raise UserError(
-        f"folder {source!r} holds no file ending in {', '.join(extensions)} (or these with {', '.join(COMPRESSED)}): "
-        "name its files' endings with --extensions"
+        f"{what} {source!r} holds no file ending in {', '.join(extensions)} "
+        f"(or these with {', '.join(formats.COMPRESSED)}): name its files' endings with --extensions"
+        + (f". What it holds: {found}" if found else "")
     )
 
 
-def _local(path: str, name: str) -> SourceFile:
+def _local(path: str, name: str, extensions: Sequence[str] = ()) -> SourceFile:
     status = os.stat(path)
-    return SourceFile(path=path, name=name, size=status.st_size, version=str(status.st_mtime_ns))
+    version = str(status.st_mtime_ns) + formats.reading_since(name)
+    return SourceFile(
+        path=path, name=shown(name), size=status.st_size, version=version, new=_new(name, version, extensions)
+    )
 
 
-def _walk(root: str, extensions: Sequence[str], skip: frozenset[str]) -> list[tuple[str, str]]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and without_compression(name).endswith(tuple(extensions)):
-                path = os.path.join(folder, name)
-                found.append((path, os.path.relpath(path, root).replace(os.sep, "/")))
-    return sorted(found, key=lambda pair: pair[1])
+def _new(name: str, version: str, extensions: Sequence[str]) -> bool:
+    """Whether a file of a folder was not read by what once listed folders."""
+    if not extensions:
+        return False
+    plain = next((name.removesuffix(one) for one in _OLD_COMPRESSED if name.endswith(one)), name)
+    return not plain.endswith(tuple(one for one in extensions if one not in formats.NEW_IN_FOLDERS))
 
 
-def _list_remote(source: str, extensions: Sequence[str]) -> list[SourceFile]:
+def _list_remote(source: str, extensions: Sequence[str], unread: Unread) -> list[SourceFile]:
     """The same for a URL, such as ``gs://bucket/folder`` or ``https://host/file.jsonl.gz``."""
     import fsspec
 
@@ -139,10 +233,14 @@ def _list_remote(source: str, extensions: Sequence[str]) -> list[SourceFile]:
         if any(letter in path for letter in "*?["):
             paths = sorted(filesystem.glob(path))
         elif filesystem.isdir(path):
-            endings = tuple(extensions)
-            paths = [one for one in sorted(filesystem.find(path)) if without_compression(one).endswith(endings)]
+            paths = []
+            for one in sorted(filesystem.find(path)):
+                if formats.has_ending(one, extensions):
+                    paths.append(one)
+                else:
+                    unread.add(OTHER_ENDING, filesystem.unstrip_protocol(one))
             if not paths:
-                return _nothing_in(source, extensions)
+                _nothing_in("folder", source, extensions, unread)
         else:
             paths = [path]
         return [_remote(filesystem, one) for one in paths if not filesystem.isdir(one)] or _no_source(source)
@@ -166,4 +264,5 @@ def _remote(filesystem: Any, path: str) -> SourceFile:
     if about.get("size") is None:
         raise UserError(f"{url} does not say how large it is: fetch it first")
     version = next((str(about[key]) for key in ("ETag", "etag", "mtime", "updated", "created") if about.get(key)), "")
+    version += formats.reading_since(url)
     return SourceFile(path=url, name=url, size=int(about["size"]), version=version)

@@ -23,6 +23,7 @@ import numpy as np
 
 import meshgpt
 from meshgpt.data.documents import Block, Document, Rules, documents
+from meshgpt.data.failures import explain
 from meshgpt.data.sources import ReadBlock
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import MachineError, UserError
@@ -201,7 +202,7 @@ class WorkerPool:
         finally:
             self._idle.put(worker)
         if "error" in header:
-            raise UserError(header["error"])
+            raise (MachineError if header["of_machine"] else UserError)(header["error"])
         return _unpack(header, payload)
 
 
@@ -223,8 +224,9 @@ def main() -> None:
 def _answer(block: Block, tokenizer: Tokenizer, rules: Rules) -> tuple[dict, list[bytes]]:
     try:
         return _pack(tokenize(block, tokenizer, rules))
-    except UserError as error:
-        return {"error": str(error)}, []
+    except Exception as error:  # a worker that dies says nothing
+        problem = explain(error, block.spans[0].name)
+        return {"error": str(problem), "of_machine": isinstance(problem, MachineError)}, []
 
 
 def _pack(result: Tokenized) -> tuple[dict, list[bytes]]:

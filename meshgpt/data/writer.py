@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ GZIP_BYTES = 64 << 20  # of the held-out text that gzip is tried on: at 20 MB/s 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What was counted on the way; first_bad: what was wrong with the first bad records.
+    """What was counted on the way.
 
-    unknown_tokens, lost_characters, lossy_documents, lossy_held_out: `worker.Losses`, of duplicates too.
+    first_bad: what was wrong with the first bad records. unknown_tokens, lost_characters, lossy_documents,
+    lossy_held_out: `worker.Losses`, of duplicates too. in_both: documents of the sources whose text is in the held-out
+    sources too, and were left out.
     """
 
     replaced: int = 0
@@ -41,6 +43,12 @@ class Counts:
     first_bad: tuple[str, ...] = ()
     duplicates: int = 0
     duplicate_bytes: int = 0
+    in_both: int = 0
+    in_both_bytes: int = 0
+
+    def entries(self) -> dict[str, Any]:
+        """For the index, which has what is rare only where it is so."""
+        return {name: n for name, n in asdict(self).items() if n or name not in ("in_both", "in_both_bytes")}
 
 
 class Appender:
@@ -182,10 +190,25 @@ class SplitWriter:
 
 
 class StoreWriter:
-    """Both splits, the list of source files, and the journal that says how far everything is."""
+    """Both splits, the list of source files, and the journal that says how far everything is.
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int, deduplicate: bool):
+    Args:
+        held: digests of the documents that are left out of training, since held-out sources hold their text.
+        hold_out: for the journal, where it was decided by `held_out`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: np.dtype,
+        shard_tokens: int,
+        deduplicate: bool,
+        held: Set[bytes] = frozenset(),
+        hold_out: dict[str, Any] | None = None,
+    ):
         self._folder = folder
+        self._held = held
+        self._hold_out = hold_out
         self._dtype = dtype
         journal = folder / JOURNAL
         state = json.loads(journal.read_text()) if journal.exists() else None
@@ -209,6 +232,8 @@ class StoreWriter:
         """Adds the next block."""
         fragment = read.block.fragment
         self._between_documents = fragment is None or fragment.closes
+        if self._held:
+            result = self._without_held(result)
         if self._seen is not None:
             result = self._without_duplicates(result, fragment, self._seen)
         for split in SPLITS:
@@ -227,8 +252,24 @@ class StoreWriter:
             first_bad=(*self.counts.first_bad, *result.first_bad)[:SHOWN_BAD],
             duplicates=self.counts.duplicates,
             duplicate_bytes=self.counts.duplicate_bytes,
+            in_both=self.counts.in_both,
+            in_both_bytes=self.counts.in_both_bytes,
         )
         self.position = read.after
+
+    def _without_held(self, result: Tokenized) -> Tokenized:
+        """A block's documents less those of the training part whose text is held out."""
+        part = result.parts["train"]
+        kept = np.array([row.tobytes() not in self._held for row in part.documents["digest"]], bool)
+        dropped = part.documents["bytes"][~kept]
+        if not len(dropped):
+            return result
+        self.counts = replace(
+            self.counts,
+            in_both=self.counts.in_both + (len(dropped) if self._between_documents else 0),
+            in_both_bytes=self.counts.in_both_bytes + int(dropped.sum()),
+        )
+        return replace(result, parts={**result.parts, "train": _select(part, kept, self._dtype)})
 
     def _without_duplicates(self, result: Tokenized, fragment: Fragment | None, seen: set[bytes]) -> Tokenized:
         """A block's documents less those that came before; of a long one, all fragments or none."""
@@ -265,6 +306,8 @@ class StoreWriter:
         }
         for appender in (self._sources, self._val_text):
             appender.sync()
+        if self._hold_out is not None:
+            state["hold_out"] = self._hold_out
         state |= {"sources_size": self._sources.size, "val_text_size": self._val_text.size}
         write_atomically(self._folder / JOURNAL, json_text(state))
 
@@ -290,7 +333,7 @@ class StoreWriter:
         return {
             "splits": splits,
             "sources": {"file": SOURCES, "sha256": self._sources.sha256},
-            "counts": asdict(self.counts),
+            "counts": self.counts.entries(),
         }
 
     def remove_work_files(self) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from meshgpt.data.documents import as_text
-from meshgpt.data.streams import open_stream, without_compression
+from meshgpt.data.formats import compression, kind_of
+from meshgpt.data.streams import open_stream
+from meshgpt.data.text_files import SourceFile
 from meshgpt.errors import UserError
 
 
@@ -48,17 +50,17 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
 def stem(path: Path) -> str:
     """The file's name without its endings, for results."""
-    return Path(without_compression(path.name)).stem
+    return Path(path.name[: len(path.name) - len(compression(path.name))]).stem
 
 
 def _is_lines(path: Path) -> bool:
-    return Path(without_compression(path.name)).suffix == ".jsonl"
+    return kind_of(path.name) == "json_lines"
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} is no file: name a text or a file of JSON lines")
-    with open_stream(str(path), path.name, path.stat().st_size) as (stream, _):
+    with open_stream(SourceFile(path=str(path), name=path.name, size=path.stat().st_size, version="")) as (stream, _):
         data = stream.read()
     try:
         return data.decode("utf-8")
