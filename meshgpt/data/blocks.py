@@ -36,6 +36,8 @@ class Origin:
         on_invalid_utf8: as in `documents.Rules`.
         scratch: a folder for temporary files.
         tails: as in `documents.Rules`.
+        encoding: of files of text and JSON; see `encodings`.
+        split_at: what separates the documents of a text file; "" where it is one document.
     """
 
     file: int
@@ -45,6 +47,8 @@ class Origin:
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
     tails: float = 0.0
+    encoding: str = "utf-8"
+    split_at: str = ""
 
     def block(
         self, kind: Literal["text", "json_lines", "json_records", "records", "bad"], data: bytes, record: int = 0,
@@ -209,6 +213,23 @@ def _range(chunks: Iterator[bytes], start: int, stop: int | None) -> Iterator[by
         at += len(chunk)
         if piece:
             yield piece
+
+
+def parts_of(stream: IO[bytes], marker: bytes) -> Iterator[bytes]:
+    """What lies between the markers of a text, each part whole in memory."""
+    data, begun = without_bom(stream.read(BLOCK_BYTES)), 0
+    while True:
+        at = data.find(marker, begun)
+        if at >= 0:
+            yield data[:at]
+            data, begun = data[at + len(marker) :], 0
+            continue
+        begun = max(0, len(data) - len(marker) + 1)
+        more = stream.read(max(BLOCK_BYTES, len(data)))
+        if not more:
+            yield data
+            return
+        data += more
 
 
 def fragments(chunks: Iterable[bytes], whole: Fragment, origin: Origin, record: int) -> Iterator[Block]:

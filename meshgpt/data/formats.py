@@ -89,13 +89,13 @@ def binary(head: bytes, name: str) -> str | None:
     if at >= 0:
         return (
             f"{name} is no text but binary (byte {at} is NUL): leave it out, or, if it is text in UTF-16 or UTF-32, "
-            "convert it first (iconv -f UTF-16 -t UTF-8)"
+            "name its encoding with --encoding utf-16"
         )
     sample = head[:_SAMPLE_BYTES]
     replaced = sample.decode("utf-8", errors="replace").count("\ufffd") - sample.count("\ufffd".encode())
     if len(sample) >= _FEW and replaced > _INVALID_SHARE * len(sample):
         return (
             f"{name} is no text but binary, or text in another encoding ({replaced:,} of its first {len(sample):,} "
-            "bytes are not UTF-8): leave it out, or convert it first (iconv -f ENCODING -t UTF-8)"
+            "bytes are not UTF-8): leave it out, or name its encoding with --encoding"
         )
     return None

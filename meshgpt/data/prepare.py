@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meshgpt.atomic import rename_folder, write_atomically
-from meshgpt.data import fields, formats, held_out
+from meshgpt.data import encodings, fields, formats, held_out
 from meshgpt.data.claim import LOCK, READER, StoreDiffersError, claim
 from meshgpt.data.documents import Document, Rules, documents
 from meshgpt.data.sources import Listed, Reading, check_unique, list_inputs, read_blocks
@@ -37,7 +37,7 @@ __all__ = ["Prepare", "StoreDiffersError", "prepare"]
 Progress = Callable[[str, int, int | None], None]
 
 _COMMIT_SECONDS = 2.0
-_LATER = ("parse_special", "template")  # settings that requests of before do not have
+_LATER = ("encoding", "parse_special", "split_at", "template")  # settings that requests of before do not have
 _FIRST_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # what requests of all times call the default
 TEXT_EXTENSIONS = (*_FIRST_EXTENSIONS, *formats.NEW_IN_FOLDERS)
 
@@ -82,6 +82,11 @@ class Prepare:
     few."""
     max_bad_records: int = 0
     """Number of bad records after which skipping stops all the same; 0 sets no limit."""
+    encoding: str = "utf-8"
+    """Encoding of text and JSON files, by Python's name for it, such as `utf-16`, `latin-1` or `shift_jis`; `detect`
+    takes each file's by the byte-order mark at its beginning, and UTF-8 where there is none."""
+    split_at: str = ""
+    """What separates the documents of a text file, such as `<|endoftext|>`; without it a text file is one document."""
     parse_special: bool = False
     """Take special tokens written in the texts, such as `<|endoftext|>`, for their ids; otherwise they are text."""
     deduplicate: bool = False
@@ -113,6 +118,7 @@ class Prepare:
             raise UserError(f"max_bad_records {self.max_bad_records} must be positive, or 0 for no limit")
         if self.max_bad_records and self.bad_records == "error":
             raise UserError(f"max_bad_records {self.max_bad_records} goes with --bad-records skip")
+        encodings.check(self.encoding)
         if self.workers < 0:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
@@ -140,7 +146,13 @@ class Prepare:
     @property
     def reading(self) -> Reading:
         """How sources are read."""
-        return Reading(field=self._text_of, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
+        return Reading(
+            field=self._text_of,
+            on_invalid_utf8=self.on_invalid_utf8,
+            scratch=Path(self.out),
+            encoding=self.encoding,
+            split_at=self.split_at,
+        )
 
 
 def prepare(config: Prepare, progress: Progress) -> Store:
@@ -272,7 +284,9 @@ def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
 
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
-    rules = {name: value for name, value in asdict(config.rules).items() if value or name != "tails"}
+    rules = {
+        name: value for name, value in asdict(config.rules).items() if value or name not in ("tails", "parse_special")
+    }
     rules["field"] = config.template or config.field
     sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {

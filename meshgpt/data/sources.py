@@ -76,6 +76,8 @@ class Reading:
     on_invalid_utf8: Literal["replace", "error"]
     scratch: Path
     tails: float = 0.0
+    encoding: str = "utf-8"
+    split_at: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,4 +249,6 @@ def _origin(listed: Sequence[Listed], number: int, reading: Reading) -> Origin:
         on_invalid_utf8=reading.on_invalid_utf8,
         scratch=reading.scratch,
         tails=reading.tails,
+        encoding=reading.encoding,
+        split_at=reading.split_at,
     )

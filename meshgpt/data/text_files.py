@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from typing import IO, Any, final
 
 from meshgpt.data import formats
-from meshgpt.data.blocks import BLOCK_BYTES, Origin, json_blocks, json_value_blocks, text_blocks, without_bom
+from meshgpt.data.blocks import (
+    BLOCK_BYTES,
+    Origin,
+    json_blocks,
+    json_value_blocks,
+    parts_of,
+    record_blocks,
+    text_blocks,
+    without_bom,
+)
 from meshgpt.data.documents import SPLIT_PREFIX, Block
+from meshgpt.data.encodings import as_utf8
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.json_values import json_values, one_a_line
 from meshgpt.data.pieces import Piece, pieces
@@ -90,7 +100,7 @@ class Text:
         def open_text() -> Iterator[IO[bytes]]:
             with open_stream(self._file) as (stream, raw):
                 opened.append(raw)
-                yield stream
+                yield as_utf8(stream, origin.encoding)
                 digests.append(raw.finish())
 
         def finish() -> FileDigest:
@@ -102,6 +112,10 @@ class Text:
 
     def _blocks(self, open_text: Any, origin: Origin) -> Iterator[Block]:
         kind = self._file.kind
+        if kind == "text" and origin.split_at:
+            with open_text() as stream:
+                yield from record_blocks(parts_of(stream, origin.split_at.encode()), origin)
+            return
         if kind == "text" and not self._file.standard_input:
             yield from text_blocks(open_text, origin)
             return
