@@ -143,7 +143,7 @@ def test_phi_proper_is_refused_by_its_biases(name, folder):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; supported: False, True"),
         ({"quantization_config": {"load_in_4bit": True}}, "a quantized Phi is not read"),
         ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim=3: give an even number"),
         ({"num_attention_heads": "2"}, "num_attention_heads is '2'; a whole number"),
