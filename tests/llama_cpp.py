@@ -20,6 +20,7 @@ def answers(file: str, request: dict) -> list[list[tuple[int, float]]]:
     params.warmup = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds more
     server = xllamacpp.Server(params)
     bias = [[index, False] for index in request["banned"]]
     found = []

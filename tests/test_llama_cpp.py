@@ -29,6 +29,7 @@ CONFIGS = {
     "gpt2": GPT2,
     "gpt2 untied": dataclasses.replace(GPT2, tied_head=False),
     "gptj": GPTJ,
+    "gptj tied": dataclasses.replace(GPTJ, tied_head=True),
     "gptj, all of a head turns": dataclasses.replace(GPTJ, n_heads=3, rotary_dim=32, d_ff=0),
 }
 PROMPTS = [np.random.default_rng(size).integers(0, 320, size).tolist() for size in range(1, 9)]
@@ -52,6 +53,14 @@ def model_folder(config, tokenizer, folder: Path):
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return model
+
+
+class TableGELU(torch.nn.Module):
+    """GELU as llama.cpp has it on CPUs: from a table over float16, of float16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0 * x, torch.where(x >= 10, x, y))
 
 
 def greedy(model, prompt: list[int], banned: list[int], new: int = NEW) -> list[tuple[int, float]]:
@@ -87,10 +96,12 @@ def test_greedy_tokens_and_log_probabilities_are_those_of_transformers(config, t
     model = model_folder(config, tokenizer, tmp_path / "theirs")
     wanted = np.array([greedy(model, prompt, banned) for prompt in PROMPTS])
     assert len(np.unique(wanted[..., 0])) > 10
-    for found, tolerance in zip(llama(["f32", "f16"], tmp_path / "theirs", banned), (2e-3, 5e-3), strict=True):
+    for block in model.transformer.h:
+        block.mlp.act = TableGELU()
+    by_table = np.array([greedy(model, prompt, banned) for prompt in PROMPTS])
+    for found, tolerance in zip(llama(["f32", "f16"], tmp_path / "theirs", banned), (5e-4, 5e-3), strict=True):
         np.testing.assert_array_equal(found[..., 0], wanted[..., 0])
-        # It takes GELU from a table in float16.
-        np.testing.assert_allclose(found[..., 1], wanted[..., 1], atol=tolerance, rtol=0)
+        np.testing.assert_allclose(found[..., 1], by_table[..., 1], atol=tolerance, rtol=0)
 
 
 def test_every_other_form_is_the_model_that_the_package_reads(tokenizer, banned, tmp_path) -> None:

@@ -10,6 +10,7 @@ import transformers
 from hf_peers import (
     GPT2_TINY,
     GPTJ_TINY,
+    ONE,
     Words,
     assert_equal_trees,
     live,
@@ -90,7 +91,7 @@ def test_phi_of_transformers_is_its_gptj(config, tmp_path):
 
 def test_export_is_read_by_transformers_and_by_us(tmp_path):
     config = GPTJ_TINY
-    params, probe = live(config)
+    params, probe = live(config, ONE)
     verdict = convert.export(params, config, Words(), tmp_path / "phi", probe=probe, family="phi")
     assert phi.NOTE in str(verdict)
     assert "under the name of Phi" in (tmp_path / "phi" / "README.md").read_text()
@@ -143,7 +144,7 @@ def test_phi_proper_is_refused_by_its_biases(name, folder):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {"),
         ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; supported: False, True"),
         ({"quantization_config": {"load_in_4bit": True}}, "a quantized Phi is not read"),
         ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim=3: give an even number"),
         ({"num_attention_heads": "2"}, "num_attention_heads is '2'; a whole number"),
@@ -171,7 +172,7 @@ def test_what_is_missing_or_too_much_is_listed_by_the_names_of_phi(folder):
 
 
 def test_gate_sees_a_row_in_the_wrong_place(tmp_path):
-    params, probe = live(GPTJ_TINY)
+    params, probe = live(GPTJ_TINY, ONE)
     out = tmp_path / "out"
     convert.export(params, GPTJ_TINY, Words(), out, probe=probe, family="phi")
 
@@ -184,7 +185,7 @@ def test_gate_sees_a_row_in_the_wrong_place(tmp_path):
 
 
 def test_gpt2_is_not_phi(tmp_path):
-    params, probe = live(GPT2_TINY)
+    params, probe = live(GPT2_TINY, ONE)
     with pytest.raises(UserError, match="--as phi is for GPT-J"):
         convert.export(params, GPT2_TINY, Words(), tmp_path / "out", probe=probe, family="phi")
     assert not list(tmp_path.iterdir())

@@ -109,8 +109,11 @@ def _hyperparameters(facts: Facts) -> list[tuple[str, str]]:
             ("Positional Encoding", "Rotary Position Embedding (RoPE)"),
             ("RoPE Dimensions", f"{model.rotary_dim}"),
         ]
-        return [*rows, *rotary]
-    return [*rows, ("Positional Encoding", "learned"), ("Head", "tied" if model.tied_head else "untied")]
+        return [*rows, *rotary, *([("Head", "tied")] if model.tied_head else [])]
+    details = [("Activation", model.activation)] if model.activation != "gelu_tanh" else []
+    details += [("Attention Scores", "divided by the layer's number")] if model.inverse_layer_attention else []
+    head = ("Head", "tied" if model.tied_head else "untied")
+    return [*rows, ("Positional Encoding", "learned"), head, *details]
 
 
 def _counting(model: ModelConfig) -> str:
