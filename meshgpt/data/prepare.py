@@ -67,6 +67,9 @@ class Prepare:
     field: str = "text"
     """Field of a record of JSON, or column of a `.parquet` file, that holds the text; with dots where it lies within
     others: `doc.text`."""
+    token_ids: bool = False
+    """Whether `field` holds token ids of the tokenizer in place of text; also reads `.bin` files of ids, nanoGPT's and,
+    with an `.idx` beside, Megatron's."""
     template: str | None = None
     """Text made of several fields, in place of `field`, such as `{question}\\n{answer}`: names in braces stand for
     fields, `\\n` for a line break."""
@@ -113,6 +116,9 @@ class Prepare:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
     def _check_fields(self) -> None:
+        if self.token_ids and (self.train_tokenizer or self.template):
+            other = "--template" if self.template else "--train-tokenizer"
+            raise UserError(f"--token-ids does not go with {other}: ids are of the tokenizer that --tokenizer names")
         if self.template is not None:
             fields.template(self.template)
             if self.field != "text":
@@ -130,12 +136,15 @@ class Prepare:
             on_invalid_utf8=self.on_invalid_utf8,
             bad_records=self.bad_records,
             val_fraction=self.val_fraction,
+            token_ids=self.token_ids,
         )
 
     @property
     def reading(self) -> Reading:
         """How sources are read."""
-        return Reading(field=self._text_of, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out))
+        return Reading(
+            field=self._text_of, on_invalid_utf8=self.on_invalid_utf8, scratch=Path(self.out), token_ids=self.token_ids
+        )
 
 
 def prepare(config: Prepare, progress: Progress) -> Store:
@@ -145,8 +154,9 @@ def prepare(config: Prepare, progress: Progress) -> Store:
         UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
     """
     unread = Unread()
-    inputs = list_inputs(config.sources, config.extensions, unread=unread, out=config.out)
-    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, unread=unread, out=config.out)
+    kind: dict[str, Any] = {"unread": unread, "out": config.out, "token_ids": config.token_ids}
+    inputs = list_inputs(config.sources, config.extensions, **kind)
+    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, **kind)
     check_unique(inputs)
     out = Path(config.out)
     try:
@@ -172,6 +182,7 @@ def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, pro
     if hold_out is not None:
         rules, reading = hold_out.rules(rules), replace(reading, tails=hold_out.tails)
     tokenizer = _tokenizer(config, inputs, rules, reading, out / "tokenizer", progress)
+    reading = replace(reading, token_bytes=token_dtype(tokenizer.vocab_size).itemsize, eot_id=tokenizer.eot_id)
     writer = StoreWriter(
         out,
         token_dtype(tokenizer.vocab_size),
@@ -267,7 +278,7 @@ def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
 
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
-    rules = {name: value for name, value in asdict(config.rules).items() if value or name != "tails"}
+    rules = {name: value for name, value in asdict(config.rules).items() if value or name not in ("tails", "token_ids")}
     rules["field"] = config.template or config.field
     sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {
@@ -292,8 +303,8 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
     settings["files"] = [[one.input.name, one.input.size, one.input.version] for one in inputs]
     if config.extensions == TEXT_EXTENSIONS:
         settings["extensions"] = _FIRST_EXTENSIONS  # what the default finds now is in `files`
-    for name in ("template",):  # what is not given is not in the request, as in those of before
-        if settings[name] is None:
+    for name in ("template", "token_ids"):  # what is not given is not in the request, as in those of before
+        if not settings[name]:
             del settings[name]
     for name in ("sources", "val_sources"):
         settings[name] = [shown(source) for source in settings[name]]

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -22,8 +22,8 @@ from typing import IO
 import numpy as np
 
 import meshgpt
-from meshgpt.data.documents import Block, Document, Rules, documents
-from meshgpt.data.failures import explain
+from meshgpt.data.documents import Block, Document, Rules, document_digest, documents
+from meshgpt.data.failures import BadInputError, explain
 from meshgpt.data.sources import ReadBlock
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import MachineError, UserError
@@ -73,10 +73,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
     """A block's documents as tokens, each document followed by the end-of-text id."""
     bad: list[str] = []
-    found = list(documents(block, rules, bad))
+    found = list(_with_text(documents(block, rules, bad), tokenizer, rules, bad, block.spans[0].name))
     continued = block.fragment is not None and not block.fragment.opens
     closes = block.fragment is None or block.fragment.closes
-    ids = tokenizer.encode_batch([document.text for document in found], continued=continued)
+    texts = [document.text for document in found if document.ids is None]
+    encoded = iter(tokenizer.encode_batch(texts, continued=continued))
+    ids = [next(encoded) if document.ids is None else list(document.ids) for document in found]
     dtype = token_dtype(tokenizer.vocab_size)
     parts = {}
     for split, held_out in zip(SPLITS, (False, True), strict=True):
@@ -92,6 +94,30 @@ def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
         bad_records=len(bad),
         first_bad=bad[:SHOWN_BAD],
     )
+
+
+def _with_text(
+    found: Iterable[Document], tokenizer: Tokenizer, rules: Rules, bad: list[str], name: str
+) -> Iterator[Document]:
+    """Documents; those of token ids with their text, cut where a text ends, once it is clear that they have one."""
+    for document in found:
+        if document.ids is None:
+            yield document
+            continue
+        ids = np.array(document.ids, np.int64)
+        parts = [part[part != tokenizer.eot_id] for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot_id) + 1)]
+        try:
+            texts = [tokenizer.decode(part) for part in parts]
+        except UserError as error:
+            if rules.bad_records == "error":
+                raise BadInputError(f"{name}:{document.record}: {error}") from error
+            bad.append(f"{name}:{document.record}: {error}")
+            continue
+        for part, text in zip(parts, texts, strict=True):
+            if len(part):
+                digest = document_digest()
+                digest.update(part.astype("<u4").tobytes())
+                yield replace(document, ids=tuple(part.tolist()), text=text, digest=digest.digest())
 
 
 def _document_rows(found: list[Document], lengths: list[int]) -> np.ndarray:
