@@ -14,7 +14,7 @@ from meshgpt.data import fields, formats
 from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.pieces import Piece, pieces
-from meshgpt.data.streams import FileDigest, open_stream
+from meshgpt.data.streams import FileDigest, open_file
 from meshgpt.data.text_files import SourceFile
 from meshgpt.errors import UserError
 
@@ -85,7 +85,7 @@ class Parquet:
 
     def _unpacked(self, stack: ExitStack) -> IO[bytes]:
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        with open_stream(self._file) as (stream, _):
+        with open_file(self._file) as (stream, _):
             shutil.copyfileobj(stream, spool)
         spool.seek(0)
         return spool

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from meshgpt.data import formats
 from meshgpt.data.documents import as_text
-from meshgpt.data.streams import open_stream, without_compression
+from meshgpt.data.streams import open_stream
 from meshgpt.errors import UserError
 
 
 def read_texts(path: Path, field: str) -> list[str]:
-    """The documents of a file: one where it is a text, one a line (its `field`) where it is `.jsonl`.
+    """The documents of a file: one where it is a text, one a line (its `field`) where it is `.jsonl` or `.ndjson`.
 
     Raises:
       UserError: no such file, one that is not UTF-8, without text, or with a line that holds none.
@@ -48,11 +49,11 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
 def stem(path: Path) -> str:
     """The file's name without its endings, for results."""
-    return Path(without_compression(path.name)).stem
+    return Path(path.name[: len(path.name) - len(formats.compression(path.name))]).stem
 
 
 def _is_lines(path: Path) -> bool:
-    return Path(without_compression(path.name)).suffix == ".jsonl"
+    return formats.kind_of(path.name) == "json_lines"
 
 
 def _text(path: Path) -> str:
