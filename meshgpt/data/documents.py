@@ -259,11 +259,11 @@ def tail_start(text: str, share: float) -> int:
 
     What stands before and what follows both hold more than spaces.
     """
-    size = len(text.rstrip())
+    first, size = len(text) - len(text.lstrip()), len(text.rstrip())
     wanted = size - max(1, round(size * share))
     for separator in ("\n", " "):
-        for at in (text.rfind(separator, 0, wanted), text.find(separator, wanted, size)):
-            if at >= 0 and text[:at].strip():
+        for at in (text.rfind(separator, first, wanted), text.find(separator, max(first, wanted), size)):
+            if at >= 0:
                 return at + 1
     return 0
 
