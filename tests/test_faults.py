@@ -50,7 +50,7 @@ def test_a_disk_that_fails_is_not_the_users(tmp_path: Path, monkeypatch: pytest.
 
     with pytest.raises(UserError, match=r"cannot read .*gone\.txt"):
         read()
-    monkeypatch.setattr(streams, "_open", failing(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(streams, "open_path", failing(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(MachineError, match=r"cannot read .*gone\.txt: Input/output error"):
         read()
     monkeypatch.setattr(Path, "mkdir", failing(OSError(errno.ESTALE, "Stale file handle")))

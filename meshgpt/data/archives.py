@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, Protocol
 
 from meshgpt.data.failures import BadInputError, explain
-from meshgpt.data.streams import open_stream
+from meshgpt.data.streams import open_file
 from meshgpt.data.text_files import SourceFile
 from meshgpt.data.unread import Unread, shown
 
@@ -167,7 +167,7 @@ class _Tar:
     def _open(self) -> None:
         self._stack.close()
         self._held, self._next = None, 0
-        stream, _ = self._stack.enter_context(open_stream(self._file))
+        stream, _ = self._stack.enter_context(open_file(self._file))
         self._tar = self._stack.enter_context(tarfile.open(fileobj=stream, mode="r|", tarinfo=_Strict))  # noqa: SIM115
 
     def _advance(self) -> tarfile.TarInfo | None:

@@ -35,9 +35,11 @@ class Origin:
         field: the field or column that holds the text.
         on_invalid_utf8: as in `documents.Rules`.
         scratch: a folder for temporary files.
-        tails: as in `documents.Rules`.
+        tails, token_ids: as in `documents.Rules`.
         encoding: of files of text and JSON; see `encodings`.
         split_at: what separates the documents of a text file; "" where it is one document.
+        token_bytes: of an id in files of them.
+        eot_id: ends their documents.
     """
 
     file: int
@@ -49,10 +51,13 @@ class Origin:
     tails: float = 0.0
     encoding: str = "utf-8"
     split_at: str = ""
+    token_ids: bool = False
+    token_bytes: int = 2
+    eot_id: int = -1
 
     def block(
-        self, kind: Literal["text", "json_lines", "json_records", "records", "bad"], data: bytes, record: int = 0,
-        lengths: tuple[int, ...] = (), fragment: Fragment | None = None,
+        self, kind: Literal["text", "json_lines", "json_records", "records", "tokens", "bad"], data: bytes,
+        record: int = 0, lengths: tuple[int, ...] = (), fragment: Fragment | None = None,
     ) -> Block:  # fmt: skip
         """A block with one span."""
         span = Span(file=self.file, name=self.name, record=record, size=len(data), held_out=self.held_out)
@@ -148,11 +153,12 @@ def json_value_blocks(values: Iterator[tuple[bytes, bool]], origin: Origin) -> I
 
 
 def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: int = 1) -> Iterator[Block]:
-    """Records, each one text or what is wrong with it, about a block at a time.
+    """Records, each one text, or token ids, or what is wrong with it, about a block at a time.
 
     Args:
         first: the number of the first record.
     """
+    kind = "tokens" if origin.token_ids else "records"
     waiting: list[bytes] = []
     size = 0
     number = first - 1
@@ -160,16 +166,16 @@ def record_blocks(records: Iterable[bytes | UserError], origin: Origin, first: i
     for number, record in enumerate(_as_far_as(records, broken), start=first):
         length = BLOCK_BYTES if isinstance(record, UserError) else len(record)  # a bad one stands alone
         if waiting and size + length > BLOCK_BYTES:
-            yield _records(waiting, origin, number)
+            yield _records(waiting, origin, number, kind)
             waiting, size = [], 0
         if isinstance(record, UserError):
             yield origin.block("bad", str(record).encode())
-        elif length > BLOCK_BYTES:
+        elif length > BLOCK_BYTES and kind == "records":
             yield from _long_record(record, origin, number)
         else:
             waiting.append(record)
             size += len(record)
-    yield _records(waiting, origin, number + 1)
+    yield _records(waiting, origin, number + 1, kind)
     if broken:
         raise broken[0]
 
@@ -357,7 +363,7 @@ def _long_record(data: bytes, origin: Origin, number: int) -> Iterator[Block]:
 
 
 def _records(
-    waiting: list[bytes], origin: Origin, number: int, kind: Literal["records", "json_records"] = "records"
+    waiting: list[bytes], origin: Origin, number: int, kind: Literal["records", "json_records", "tokens"]
 ) -> Block:
     """`waiting`, which end before record `number`."""
     lengths = tuple(len(record) for record in waiting)

@@ -5,16 +5,18 @@ Everything here is a pure function of the bytes, so it may run in any process.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from meshgpt.data.failures import explain
-from meshgpt.data.fields import text_of
+from meshgpt.data.fields import ids_of, text_of
 from meshgpt.errors import UserError
 
 SPLIT_PREFIX = 65_536  # bytes of a document that decide its split, so that a document of any size is decided at once
+_T = TypeVar("_T")
 _REPLACEMENT = "\ufffd"
 _BOM = b"\xef\xbb\xbf"  # before a line where files were joined
 
@@ -61,13 +63,13 @@ class Block:
     """About a megabyte of source bytes, the unit of work: spans laid end to end in `payload`.
 
     Attributes:
-        kind: whole files or a fragment, lines of JSON, records of JSON, records that are texts, or a message about a
-            bad record.
+        kind: whole files or a fragment, lines of JSON, records of JSON, records that are texts or token ids, or a
+            message about a bad record.
         lengths: bytes of each record, one after the other (kinds "records" and "json_records").
         fragment: set where the payload is a part of one document.
     """
 
-    kind: Literal["text", "json_lines", "json_records", "records", "bad"]
+    kind: Literal["text", "json_lines", "json_records", "records", "tokens", "bad"]
     spans: tuple[Span, ...]
     payload: bytes
     lengths: tuple[int, ...] = ()
@@ -105,6 +107,7 @@ class Rules:
         bad_records: stop at a record that cannot be used, or leave it out and count it.
         val_fraction: the share of documents held out, by hash of their content.
         parse_special: special tokens that are written in a text become their ids.
+        token_ids: whether records hold token ids, and not text.
         tails: the share of each document that is held out, its end; for where there are few documents.
     """
 
@@ -114,6 +117,7 @@ class Rules:
     val_fraction: float
     parse_special: bool = False
     tails: float = 0.0
+    token_ids: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,7 @@ class Document:
         digest: 16 bytes, `document_digest`; zeros for a fragment.
         replaced: how many U+FFFD stand for bytes that were not UTF-8.
         split_hash: what decided whether it is held out.
+        ids: its token ids, where it has these and no text.
     """
 
     file: int
@@ -134,6 +139,7 @@ class Document:
     digest: bytes
     replaced: int
     split_hash: float
+    ids: tuple[int, ...] | None = None
 
 
 def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
@@ -156,7 +162,7 @@ def documents(block: Block, rules: Rules, bad: list[str]) -> Iterator[Document]:
         else:
             if document is None or not document.text:
                 continue
-            if rules.tails and not document.held_out and block.fragment is None:
+            if rules.tails and not document.held_out and block.fragment is None and document.ids is None:
                 yield from _head_and_tail(document, rules.tails)
             else:
                 yield document
@@ -181,7 +187,7 @@ def _parsers(block: Block, rules: Rules) -> Iterator[partial[Document | None]]:
                     yield partial(_json, span, number, line, rules)
         else:
             start = 0
-            parse = _text if block.kind == "records" else _json
+            parse = {"records": _text, "tokens": _tokens}.get(block.kind, _json)
             for number, length in enumerate(block.lengths, start=span.record):
                 yield partial(parse, span, number, data[start : start + length], rules)
                 start += length
@@ -232,13 +238,22 @@ def as_text(line: str, field: str, where: str) -> str:
     Raises:
         UserError: not an object, or one without text in that field.
     """
+    return _record(line, text_of, field, where)
+
+
+def _record(line: str, take: Callable[[dict[str, Any], str, str], _T], field: str, where: str) -> _T:
     try:
         record = json.loads(line)
     except Exception as error:
         raise explain(error, where) from error
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a JSON {type(record).__name__}, not an object: each line must be one object")
-    return text_of(record, field, where)
+    return take(record, field, where)
+
+
+def _tokens(span: Span, record: int, data: bytes, rules: Rules) -> Document:
+    ids = struct.unpack(f"<{len(data) // 4}I", data)
+    return replace(_document(span, record, "\0" if ids else "", data, 0, rules), ids=ids)  # its worker knows its text
 
 
 def tail_start(text: str, share: float) -> int:
@@ -246,11 +261,11 @@ def tail_start(text: str, share: float) -> int:
 
     What stands before and what follows both hold more than spaces.
     """
-    size = len(text.rstrip())
+    first, size = len(text) - len(text.lstrip()), len(text.rstrip())
     wanted = size - max(1, round(size * share))
     for separator in ("\n", " "):
-        for at in (text.rfind(separator, 0, wanted), text.find(separator, wanted, size)):
-            if at >= 0 and text[:at].strip():
+        for at in (text.rfind(separator, first, wanted), text.find(separator, max(first, wanted), size)):
+            if at >= 0:
                 return at + 1
     return 0
 
@@ -290,6 +305,8 @@ def _text(span: Span, record: int, data: bytes, rules: Rules) -> Document:
 def _json(span: Span, record: int, line: bytes, rules: Rules) -> Document:
     where = f"{span.name}:{record}"
     decoded, replaced = decode(line.removeprefix(_BOM), rules.on_invalid_utf8, where)
+    if rules.token_ids:
+        return _tokens(span, record, _record(decoded, ids_of, rules.field, where), rules)
     text = as_text(decoded, rules.field, where)
     data, replaced = encoded(text, replaced, rules.on_invalid_utf8, where)
     return _document(span, record, data.decode(), data, replaced, rules)

@@ -1,6 +1,7 @@
 """Where the text of a record is: a field, a field within fields (``doc.text``), or several in a template."""
 
 import re
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +93,23 @@ def bytes_of(record: Mapping[str, Any], field: str, where: str, what: str = "fie
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", errors="surrogatepass")
+
+
+def ids_of(record: Mapping[str, Any], field: str, where: str, what: str = "field") -> bytes:
+    """The token ids of a record, four bytes each.
+
+    Raises:
+        BadInputError: it is not there, or no list of token ids.
+    """
+    value = _value(record, field, where, what)
+    try:
+        if not isinstance(value, list) or not all(type(one) is int for one in value):
+            raise TypeError
+        return struct.pack(f"<{len(value)}I", *value)
+    except (TypeError, struct.error) as error:
+        raise BadInputError(
+            f"{where}: {what} {field!r} is no list of token ids: name another with --field, or leave out --token-ids"
+        ) from error
 
 
 def _value(record: Mapping[str, Any], name: str, where: str, what: str) -> Any:

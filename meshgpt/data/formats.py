@@ -31,6 +31,7 @@ _MAGIC = {
     b"PK\x03\x04": ("zip", ".zip"),
     b"PAR1": ("parquet", ".parquet"),
 }
+_IDS = "; if it holds token ids, pass --token-ids"
 _NUL_BYTES = 8_000  # at the beginning of a file in which a NUL makes it binary, as git has it
 _SAMPLE_BYTES = 65_536
 _FEW = 16  # bytes: less says nothing
@@ -89,7 +90,7 @@ def binary(head: bytes, name: str) -> str | None:
     if at >= 0:
         return (
             f"{name} is no text but binary (byte {at} is NUL): leave it out, or, if it is text in UTF-16 or UTF-32, "
-            "name its encoding with --encoding utf-16"
+            f"name its encoding with --encoding utf-16{_IDS if name.endswith('.bin') else ''}"
         )
     sample = head[:_SAMPLE_BYTES]
     replaced = sample.decode("utf-8", errors="replace").count("\ufffd") - sample.count("\ufffd".encode())

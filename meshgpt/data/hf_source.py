@@ -43,16 +43,17 @@ class Shard:
     def read(self, origin: Origin) -> Iterator[Piece]:
         digest = hashlib.sha256()
         return pieces(
-            record_blocks(self._records(digest), origin),
+            record_blocks(self._records(origin, digest), origin),
             origin,
             lambda _: 0,
             lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
         )
 
-    def _records(self, digest: Any) -> Iterator[bytes | UserError]:
+    def _records(self, origin: Origin, digest: Any) -> Iterator[bytes | UserError]:
+        take = fields.ids_of if origin.token_ids else fields.bytes_of
         for number, row in enumerate(self._rows(), start=1):
             try:
-                data = fields.bytes_of(row, self._field, f"{self.name}:{number}")
+                data = take(row, self._field, f"{self.name}:{number}")
             except BadInputError as error:
                 yield error
             else:

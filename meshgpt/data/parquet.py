@@ -14,7 +14,7 @@ from meshgpt.data import fields, formats
 from meshgpt.data.blocks import Origin, record_blocks
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.pieces import Piece, pieces
-from meshgpt.data.streams import FileDigest, open_stream
+from meshgpt.data.streams import FileDigest, open_file
 from meshgpt.data.text_files import SourceFile
 from meshgpt.errors import UserError
 
@@ -38,7 +38,7 @@ class Parquet:
     def read(self, origin: Origin) -> Iterator[Piece]:
         progress = [0.0]
         digest = hashlib.sha256()
-        blocks = record_blocks(self._records(origin.field, progress, digest), origin)
+        blocks = record_blocks(self._records(origin, progress, digest), origin)
         return pieces(
             blocks,
             origin,
@@ -46,7 +46,9 @@ class Parquet:
             lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
         )
 
-    def _records(self, field: str, progress: list[float], digest: Any) -> Iterator[bytes | UserError]:
+    def _records(self, origin: Origin, progress: list[float], digest: Any) -> Iterator[bytes | UserError]:
+        field = origin.field
+        take = fields.ids_of if origin.token_ids else fields.bytes_of
         rows = 0
         try:
             with ExitStack() as stack:
@@ -57,7 +59,7 @@ class Parquet:
                         rows += 1
                         progress[0] = rows / file.metadata.num_rows
                         try:
-                            data = fields.bytes_of(row, field, f"{self.name}:{rows}", "column")
+                            data = take(row, field, f"{self.name}:{rows}", "column")
                         except BadInputError as error:
                             yield error
                         else:
@@ -83,7 +85,7 @@ class Parquet:
 
     def _unpacked(self, stack: ExitStack) -> IO[bytes]:
         spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        with open_stream(self._file) as (stream, _):
+        with open_file(self._file) as (stream, _):
             shutil.copyfileobj(stream, spool)
         spool.seek(0)
         return spool

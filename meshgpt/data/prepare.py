@@ -37,7 +37,13 @@ __all__ = ["Prepare", "StoreDiffersError", "prepare"]
 Progress = Callable[[str, int, int | None], None]
 
 _COMMIT_SECONDS = 2.0
-_LATER = ("encoding", "parse_special", "split_at", "template")  # settings that requests of before do not have
+_LATER = (
+    "encoding",
+    "parse_special",
+    "split_at",
+    "template",
+    "token_ids",
+)  # settings that requests of before do not have
 _FIRST_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # what requests of all times call the default
 TEXT_EXTENSIONS = (*_FIRST_EXTENSIONS, *formats.NEW_IN_FOLDERS)
 
@@ -69,6 +75,9 @@ class Prepare:
     field: str = "text"
     """Field of a record of JSON, or column of a `.parquet` file, that holds the text; with dots where it lies within
     others: `doc.text`."""
+    token_ids: bool = False
+    """Whether `field` holds token ids of the tokenizer in place of text; also reads `.bin` files of ids, nanoGPT's and,
+    with an `.idx` beside, Megatron's."""
     template: str | None = None
     """Text made of several fields, in place of `field`, such as `{question}\\n{answer}`: names in braces stand for
     fields, `\\n` for a line break."""
@@ -123,6 +132,9 @@ class Prepare:
             raise UserError(f"workers {self.workers} must be at least 1, or 0 for one each CPU")
 
     def _check_fields(self) -> None:
+        if self.token_ids and (self.train_tokenizer or self.template):
+            other = "--template" if self.template else "--train-tokenizer"
+            raise UserError(f"--token-ids does not go with {other}: ids are of the tokenizer that --tokenizer names")
         if self.template is not None:
             fields.template(self.template)
             if self.field != "text":
@@ -141,6 +153,7 @@ class Prepare:
             bad_records=self.bad_records,
             val_fraction=self.val_fraction,
             parse_special=self.parse_special,
+            token_ids=self.token_ids,
         )
 
     @property
@@ -150,6 +163,7 @@ class Prepare:
             field=self._text_of,
             on_invalid_utf8=self.on_invalid_utf8,
             scratch=Path(self.out),
+            token_ids=self.token_ids,
             encoding=self.encoding,
             split_at=self.split_at,
         )
@@ -162,8 +176,9 @@ def prepare(config: Prepare, progress: Progress) -> Store:
         UserError: bad input, a folder that holds something else, another prepare at work there, or a full disk.
     """
     unread = Unread()
-    inputs = list_inputs(config.sources, config.extensions, unread=unread, out=config.out)
-    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, unread=unread, out=config.out)
+    kind: dict[str, Any] = {"unread": unread, "out": config.out, "token_ids": config.token_ids}
+    inputs = list_inputs(config.sources, config.extensions, **kind)
+    inputs += list_inputs(config.val_sources, config.extensions, held_out=True, **kind)
     check_unique(inputs)
     out = Path(config.out)
     try:
@@ -189,6 +204,7 @@ def _build(config: Prepare, inputs: list[Listed], unread: Unread, out: Path, pro
     if hold_out is not None:
         rules, reading = hold_out.rules(rules), replace(reading, tails=hold_out.tails)
     tokenizer = _tokenizer(config, inputs, rules, reading, out / "tokenizer", progress)
+    reading = replace(reading, token_bytes=token_dtype(tokenizer.vocab_size).itemsize, eot_id=tokenizer.eot_id)
     writer = StoreWriter(
         out,
         token_dtype(tokenizer.vocab_size),
@@ -284,9 +300,8 @@ def _check_splits(config: Prepare, entries: dict[str, Any]) -> None:
 
 
 def _index(config: Prepare, tokenizer: Tokenizer, entries: dict[str, Any], out: Path) -> dict[str, Any]:
-    rules = {
-        name: value for name, value in asdict(config.rules).items() if value or name not in ("tails", "parse_special")
-    }
+    kept = asdict(config.rules).items()
+    rules = {name: value for name, value in kept if value or name not in ("tails", "parse_special", "token_ids")}
     rules["field"] = config.template or config.field
     sources = [[shown(source) for source in listed] for listed in (config.sources, config.val_sources)]
     return {

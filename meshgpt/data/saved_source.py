@@ -59,17 +59,19 @@ class Saved:
     def read(self, origin: Origin) -> Iterator[Piece]:
         digest = hashlib.sha256()
         return pieces(
-            record_blocks(self._records(origin.field, digest), origin),
+            record_blocks(self._records(origin, digest), origin),
             origin,
             lambda block: block.spans[0].record,
             lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
         )
 
-    def _records(self, field: str, digest: Any) -> Iterator[bytes | UserError]:
+    def _records(self, origin: Origin, digest: Any) -> Iterator[bytes | UserError]:
+        field = origin.field
+        take = fields.ids_of if origin.token_ids else fields.bytes_of
         columns = fields.columns(field, self._dataset.column_names, self.name)
         for number, row in enumerate(self._dataset.select_columns(columns).with_format(None), start=1):
             try:
-                data = fields.bytes_of(row, field, f"{self.name}:{number}", "column")
+                data = take(row, field, f"{self.name}:{number}", "column")
             except BadInputError as error:
                 yield error
             else:

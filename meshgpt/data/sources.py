@@ -20,6 +20,7 @@ from meshgpt.data import (
     standard_input,
     text_files,
     tfds_source,
+    token_files,
 )
 from meshgpt.data.blocks import Origin
 from meshgpt.data.documents import Block
@@ -78,6 +79,9 @@ class Reading:
     tails: float = 0.0
     encoding: str = "utf-8"
     split_at: str = ""
+    token_ids: bool = False
+    token_bytes: int = 2
+    eot_id: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +115,14 @@ def list_inputs(
     held_out: bool = False,
     unread: Unread | None = None,
     out: str = "",
+    token_ids: bool = False,
 ) -> list[Listed]:
     """What `sources` name: `tfds:` and `hf:` data sets, else files, folders (by `extensions`), globs, `stdlib`; sorted.
 
     Args:
         unread: told of what is there and is not read.
         out: the folder of the store, which is not read.
+        token_ids: whether a `.bin` file holds token ids.
 
     Raises:
         UserError: a source that is missing or holds nothing to read.
@@ -134,7 +140,10 @@ def list_inputs(
             found.append(text_files.Text(standard_input.spooled()))
         else:
             for file in text_files.list_files(source, extensions, unread, out):
-                found += _file_inputs(file, extensions, unread)
+                if token_ids and file.name.endswith(".bin") and "://" not in file.path:
+                    found.append(token_files.TokenFile(file))
+                else:
+                    found += _file_inputs(file, extensions, unread)
     return [Listed(input=one, held_out=held_out) for one in found]
 
 
@@ -251,4 +260,7 @@ def _origin(listed: Sequence[Listed], number: int, reading: Reading) -> Origin:
         tails=reading.tails,
         encoding=reading.encoding,
         split_at=reading.split_at,
+        token_ids=reading.token_ids,
+        token_bytes=reading.token_bytes,
+        eot_id=reading.eot_id,
     )

@@ -6,7 +6,7 @@ import hashlib
 import io
 import lzma
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import IO, BinaryIO, Protocol
 
@@ -79,7 +79,7 @@ class HashingReader(io.RawIOBase):
 
 
 @contextmanager
-def open_stream(file: File) -> Iterator[tuple[BinaryIO, HashingReader]]:
+def open_file(file: File) -> Iterator[tuple[BinaryIO, HashingReader]]:
     """A file's text and, under it, its bytes.
 
     Raises:
@@ -92,6 +92,21 @@ def open_stream(file: File) -> Iterator[tuple[BinaryIO, HashingReader]]:
             yield _decompress(file.name, raw), raw
     except Exception as error:
         raise explain(error, file.name) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    path: str
+    name: str
+    size: int
+
+    def open(self) -> IO[bytes]:
+        return open_path(self.path)
+
+
+def open_stream(path: str, name: str, size: int) -> AbstractContextManager[tuple[BinaryIO, HashingReader]]:
+    """`open_file` of a path or URL, whose compression the ending of `name` says."""
+    return open_file(_Named(path=path, name=name, size=size))
 
 
 def open_path(path: str) -> IO[bytes]:
@@ -152,16 +167,16 @@ class _ZstdReader:
         self._decoder = None
         self._ready = bytearray()
 
-    def read(self, size: int) -> bytes:
-        while len(self._ready) < size:
+    def read(self, size: int = -1) -> bytes:
+        while size < 0 or len(self._ready) < size:
             data = self._raw.read(1 << 13)  # small, since a few bytes can decompress to very many
             if not data:
                 if self._decoder is not None:
                     raise EOFError("the last frame is incomplete")
                 break
             self._feed(data)
-        result = bytes(self._ready[:size])
-        del self._ready[:size]
+        result = bytes(self._ready if size < 0 else self._ready[:size])
+        del self._ready[: len(result)]
         return result
 
     def _feed(self, data: bytes) -> None:

@@ -24,7 +24,7 @@ from meshgpt.data.encodings import as_utf8
 from meshgpt.data.failures import BadInputError
 from meshgpt.data.json_values import json_values, one_a_line
 from meshgpt.data.pieces import Piece, pieces
-from meshgpt.data.streams import FileDigest, HashingReader, digest_of, open_path, open_stream
+from meshgpt.data.streams import FileDigest, HashingReader, digest_of, open_file, open_path
 from meshgpt.data.unread import Unread, shown, told
 from meshgpt.data.walk import OTHER_ENDING, is_store, special, walk
 from meshgpt.errors import MachineError, UserError, explained
@@ -87,7 +87,7 @@ class Text:
     def head(self) -> bytes:
         """What decides its split, if it is one document; nothing where it cannot be read."""
         try:
-            with open_stream(self._file) as (stream, _):
+            with open_file(self._file) as (stream, _):
                 return without_bom(stream.read(SPLIT_PREFIX + 3))[:SPLIT_PREFIX]
         except (UserError, MachineError):
             return b""
@@ -98,7 +98,7 @@ class Text:
 
         @contextmanager
         def open_text() -> Iterator[IO[bytes]]:
-            with open_stream(self._file) as (stream, raw):
+            with open_file(self._file) as (stream, raw):
                 opened.append(raw)
                 yield as_utf8(stream, origin.encoding)
                 digests.append(raw.finish())

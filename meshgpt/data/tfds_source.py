@@ -41,13 +41,14 @@ class Slice:
     def read(self, origin: Origin) -> Iterator[Piece]:
         digest = hashlib.sha256()
         return pieces(
-            record_blocks(self._records(digest), origin, self._start + 1),
+            record_blocks(self._records(origin, digest), origin, self._start + 1),
             origin,
             lambda block: block.spans[0].record - 1 - self._start,
             lambda: FileDigest(name=self.name, size=self.size, sha256=digest.hexdigest()),
         )
 
-    def _records(self, digest: Any) -> Iterator[bytes | UserError]:
+    def _records(self, origin: Origin, digest: Any) -> Iterator[bytes | UserError]:
+        take = fields.ids_of if origin.token_ids else fields.bytes_of
         for number in range(self._start, self._stop):
             try:
                 row = self._records_of[number]
@@ -57,7 +58,7 @@ class Slice:
                     raise explained(error, text) from error
                 raise BadInputError(text) from error
             try:
-                data = fields.bytes_of(row, self._field, f"{self.name}:{number + 1}")
+                data = take(row, self._field, f"{self.name}:{number + 1}")
             except BadInputError as error:
                 yield error
             else:

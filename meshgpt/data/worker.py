@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -22,8 +22,8 @@ from typing import IO
 import numpy as np
 
 import meshgpt
-from meshgpt.data.documents import Block, Document, Rules, documents
-from meshgpt.data.failures import explain
+from meshgpt.data.documents import Block, Document, Rules, document_digest, documents
+from meshgpt.data.failures import BadInputError, explain
 from meshgpt.data.sources import ReadBlock
 from meshgpt.data.tokenizer import Tokenizer, load_tokenizer
 from meshgpt.errors import MachineError, UserError
@@ -95,11 +95,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
     """A block's documents as tokens, each document followed by the end-of-text id."""
     bad: list[str] = []
-    found = list(documents(block, rules, bad))
+    found = list(_with_text(documents(block, rules, bad), tokenizer, rules, bad, block.spans[0].name))
     continued = block.fragment is not None and not block.fragment.opens
     closes = block.fragment is None or block.fragment.closes
-    texts = [document.text for document in found]
-    ids = tokenizer.encode_batch(texts, continued=continued, parse_special=rules.parse_special)
+    texts = [document.text for document in found if document.ids is None]
+    encoded = iter(tokenizer.encode_batch(texts, continued=continued, parse_special=rules.parse_special))
+    ids = [next(encoded) if document.ids is None else list(document.ids) for document in found]
     dtype = token_dtype(tokenizer.vocab_size)
     parts = {}
     for split, held_out in zip(SPLITS, (False, True), strict=True):
@@ -121,12 +122,38 @@ def tokenize(block: Block, tokenizer: Tokenizer, rules: Rules) -> Tokenized:
 def _losses(found: list[Document], ids: list[list[int]], tokenizer: Tokenizer, continued: bool) -> Losses:
     total = Losses()
     for document, tokens in zip(found, ids, strict=True):
+        if document.ids is not None:  # there was no text that could be lost
+            continue
         loss = tokenizer.loss(document.text, tokens, continued=continued)
         if loss.unknown or loss.characters:
             total += Losses(
                 unknown=loss.unknown, characters=loss.characters, documents=1, held_out=int(document.held_out)
             )
     return total
+
+
+def _with_text(
+    found: Iterable[Document], tokenizer: Tokenizer, rules: Rules, bad: list[str], name: str
+) -> Iterator[Document]:
+    """Documents; those of token ids with their text, cut where a text ends, once it is clear that they have one."""
+    for document in found:
+        if document.ids is None:
+            yield document
+            continue
+        ids = np.array(document.ids, np.int64)
+        parts = [part[part != tokenizer.eot_id] for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot_id) + 1)]
+        try:
+            texts = [tokenizer.decode(part) for part in parts]
+        except UserError as error:
+            if rules.bad_records == "error":
+                raise BadInputError(f"{name}:{document.record}: {error}") from error
+            bad.append(f"{name}:{document.record}: {error}")
+            continue
+        for part, text in zip(parts, texts, strict=True):
+            if len(part):
+                digest = document_digest()
+                digest.update(part.astype("<u4").tobytes())
+                yield replace(document, ids=tuple(part.tolist()), text=text, digest=digest.digest())
 
 
 def _document_rows(found: list[Document], lengths: list[int]) -> np.ndarray:

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from meshgpt.data import formats
 from meshgpt.data.documents import as_text
-from meshgpt.data.formats import compression, kind_of
 from meshgpt.data.streams import open_stream
-from meshgpt.data.text_files import SourceFile
 from meshgpt.errors import UserError
 
 
 def read_texts(path: Path, field: str) -> list[str]:
-    """The documents of a file: one where it is a text, one a line (its `field`) where it is `.jsonl`.
+    """The documents of a file: one where it is a text, one a line (its `field`) where it is `.jsonl` or `.ndjson`.
 
     Raises:
       UserError: no such file, one that is not UTF-8, without text, or with a line that holds none.
@@ -50,17 +49,17 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
 def stem(path: Path) -> str:
     """The file's name without its endings, for results."""
-    return Path(path.name[: len(path.name) - len(compression(path.name))]).stem
+    return Path(path.name[: len(path.name) - len(formats.compression(path.name))]).stem
 
 
 def _is_lines(path: Path) -> bool:
-    return kind_of(path.name) == "json_lines"
+    return formats.kind_of(path.name) == "json_lines"
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} is no file: name a text or a file of JSON lines")
-    with open_stream(SourceFile(path=str(path), name=path.name, size=path.stat().st_size, version="")) as (stream, _):
+    with open_stream(str(path), path.name, path.stat().st_size) as (stream, _):
         data = stream.read()
     try:
         return data.decode("utf-8")
