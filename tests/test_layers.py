@@ -20,7 +20,7 @@ from meshgpt.distributed.mesh import spec
 from meshgpt.errors import UserError
 from meshgpt.models import attention_kernels, layers
 from meshgpt.models.layers import Execution
-from meshgpt.models.scan import run_stack
+from meshgpt.models.scan import OfLayer, run_stack
 
 F32 = jnp.dtype("float32")
 
@@ -253,8 +253,8 @@ def test_layers_drop_different_things() -> None:
     x = jnp.ones((1, 1, 1000), jnp.float32)
     seen = []
 
-    def block(one: jax.Array, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        seen.append(layers.dropout(x, 0.5, key))
+    def block(one: jax.Array, x: jax.Array, of_layer: OfLayer) -> jax.Array:
+        seen.append(layers.dropout(x, 0.5, of_layer.key))
         return x
 
     run_stack(block, jnp.zeros((3, 1)), x, jax.random.key(0), 3, Execution(unroll=0))

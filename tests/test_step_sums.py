@@ -100,9 +100,9 @@ def test_dropout_keys_of_embedding_and_blocks_differ(monkeypatch: pytest.MonkeyP
     seen: dict[str, jax.Array] = {}
     run_stack, dropout = decoder.run_stack, gpt2.dropout
 
-    def noted_stack(block: Any, blocks: Any, x: jax.Array, key: jax.Array, layers: int, execution: Any) -> jax.Array:
+    def noted_stack(block: Any, blocks: Any, x: jax.Array, key: jax.Array, *rest: Any, **more: Any) -> jax.Array:
         seen["blocks"] = key
-        return run_stack(block, blocks, x, key, layers, execution)
+        return run_stack(block, blocks, x, key, *rest, **more)
 
     def noted_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         seen.setdefault("embedding", key)
