@@ -37,7 +37,8 @@ __all__ = ["Prepare", "StoreDiffersError", "prepare"]
 Progress = Callable[[str, int, int | None], None]
 
 _COMMIT_SECONDS = 2.0
-_LATER = (
+# Settings that requests of before do not have.
+_LATER = ("encoding", "parse_special", "split_at", "template", "token_ids")
     "encoding",
     "parse_special",
     "split_at",
