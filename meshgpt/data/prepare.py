@@ -39,12 +39,6 @@ Progress = Callable[[str, int, int | None], None]
 _COMMIT_SECONDS = 2.0
 # Settings that requests of before do not have.
 _LATER = ("encoding", "parse_special", "split_at", "template", "token_ids")
-    "encoding",
-    "parse_special",
-    "split_at",
-    "template",
-    "token_ids",
-)  # settings that requests of before do not have
 _FIRST_EXTENSIONS = (".txt", ".md", ".rst", ".jsonl", ".parquet")  # what requests of all times call the default
 TEXT_EXTENSIONS = (*_FIRST_EXTENSIONS, *formats.NEW_IN_FOLDERS)
 
