@@ -68,7 +68,8 @@ def test_the_command_writes_that_base(theirs, tmp_path, on_mesh, monkeypatch, ca
     monkeypatch.setattr(convert, "export_adapter", lambda *a, **k: written.append(a[3]) or "compared")
     for init in (same, grown):
         run = SimpleNamespace(init=init, model=GPT2_TINY)
-        monkeypatch.setattr(models, "open_adapters", lambda *a, run=run: SimpleNamespace(run=run, params={}, part=None))
+        opened = SimpleNamespace(run=run, params={}, part=None, tokenizer=None)
+        monkeypatch.setattr(models, "open_adapters", lambda *a, opened=opened: opened)
         assert cli.main(["export", "--adapter", "run", "--out", str(tmp_path / "out")]) == 0
     assert written == [str(theirs), grown]
     assert capsys.readouterr().out.count("--out BASE writes one") == 1

@@ -15,6 +15,7 @@ import transformers
 from meshgpt import trees
 from meshgpt.checkpoint.manager import read_metadata
 from meshgpt.config import Data, Run
+from meshgpt.data.tokenizer import load_tokenizer
 from meshgpt.errors import UserError
 from meshgpt.models.layers import Execution
 from meshgpt.models.model import ModelConfig
@@ -82,6 +83,7 @@ def test_a_run_with_lora(workshop: runs.Workshop, here: runs.Here, tmp_path: Pat
     np.testing.assert_array_equal(logits(theirs(tmp_path / "merged")), merged)
     ended = here.cli("export", run, "--out", tmp_path / "adapter", "--adapter")
     assert ended.code == 0, ended
+    assert load_tokenizer(tmp_path / "adapter").fingerprint == load_tokenizer(run / "tokenizer").fingerprint
     peer = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter")
     np.testing.assert_allclose(logits(peer), merged, atol=2e-5)
     assert np.abs(merged - logits(theirs(base))).max() > 1e-3

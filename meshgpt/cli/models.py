@@ -173,7 +173,10 @@ def export(arguments: Sequence[str]) -> None:
 def _export_adapter(asked: ExportArguments) -> None:
     found = open_adapters(asked.source, print, asked.step)
     base, problem = base_for_others(found.run.init)
-    print(convert.export_adapter(found.params, found.part, found.run.model, base, asked.out, replace=asked.overwrite))
+    line = convert.export_adapter(
+        found.params, found.part, found.run.model, base, asked.out, tokenizer=found.tokenizer, replace=asked.overwrite
+    )
+    print(line)
     if problem:
         print(problem)
     print(f"{asked.out} is ready: peft.PeftModel.from_pretrained(the transformers model of {base}, {str(asked.out)!r})")

@@ -16,6 +16,8 @@ from meshgpt.convert import safetensor
 from meshgpt.convert.atomic_folder import first, staged
 from meshgpt.convert.gather import fetch
 from meshgpt.convert.hf_names import ModelConfig, Stored, stored_tensors
+from meshgpt.convert.tokenizer import save_carried
+from meshgpt.data.tokenizer import Tokenizer
 from meshgpt.distributed import processes
 from meshgpt.errors import UserError
 from meshgpt.models.lora import factors
@@ -45,13 +47,15 @@ class _Module:
 
 
 def export_adapter(
-    params: Tree, part: LoRA, config: ModelConfig, base: str, out: Path, *, replace: bool = False
-) -> str:
+    params: Tree, part: LoRA, config: ModelConfig, base: str, out: Path, *, tokenizer: Tokenizer | None = None,
+    replace: bool = False,
+) -> str:  # fmt: skip
     """Writes `out`, which appears complete and compared, or not at all; gives the line that says what was proved.
 
     Args:
       params: adapters, as `LoRA.start` makes them.
       base: what PEFT is to take for the model, a Hugging Face folder or hub id.
+      tokenizer: is saved beside them, with its special tokens and chat template, which a base may not have.
       replace: an earlier adapter at `out` gives way.
 
     Raises:
@@ -71,6 +75,8 @@ def export_adapter(
                     writer.add(name, array)
             text = json_text(_config_json(modules, part, base), indent=2, sort_keys=True)
             (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                save_carried(tokenizer, folder)
         processes.meet()
         for name, entry in safetensor.read_header(folder / WEIGHTS).items():
             if entry.map().tobytes() != tensors[name].tobytes():

@@ -41,11 +41,16 @@ def save_files(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -
     if tokenizer is None:
         write_json(folder / GENERATION, TokenizerFiles().generation(ids))
         return
-    tokenizer.save(folder)
     write_json(folder / GENERATION, tokenizer.stated.generation(ids))
+    save_carried(tokenizer, folder, config.vocab_size)
+
+
+def save_carried(tokenizer: Tokenizer, folder: Path, vocab_size: int | None = None) -> None:
+    """Saves a tokenizer with the files beside it, and compares these with where it came from: see `check_carried`."""
+    tokenizer.save(folder)
     source = tokenizer.stated.folder
     if source is not None and source.is_dir():
-        check_carried(source, folder, config.vocab_size)
+        check_carried(source, folder, vocab_size)
 
 
 def save_tokenizer(

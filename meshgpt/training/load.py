@@ -105,6 +105,7 @@ class Adapters:
     run: Run
     part: LoRA
     params: Tree
+    tokenizer: Tokenizer
     step: int
 
 
@@ -121,7 +122,8 @@ def open_adapters(source: Path, report: Callable[[str], None], step: int | None 
         raise UserError(f"--adapter: {source} was trained with {kind}, not LoRA, and has no adapters; leave it out")
     found = _step(folder, report, step)
     params = restore_params(folder.checkpoints, found, Program(run=run).abstract_params())
-    return Adapters(run=run, part=run.trainable, params=params, step=found)
+    tokenizer = load_tokenizer(folder.tokenizer)
+    return Adapters(run=run, part=run.trainable, params=params, tokenizer=tokenizer, step=found)
 
 
 def _base(run: Run, folder: RunFolder, step: int, model: Model, report: Callable[[str], None]) -> Tree:
