@@ -34,6 +34,7 @@ def backend() -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer.from_str(train_bpe([TEXT], 300).to_json())
     made.add_special_tokens([tokenizers.AddedToken("<|im_end|>", normalized=False)])
     made.add_tokens([tokenizers.AddedToken("<|im_start|>", normalized=False), tokenizers.AddedToken("<tool>")])
+    made.add_special_tokens([tokenizers.AddedToken("<|no role|>", normalized=False)])
     return made
 
 
@@ -143,9 +144,9 @@ def test_a_gguf_file_says_the_same(sources: dict[str, Path], tmp_path: Path) -> 
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.chat_template"] == TEMPLATE
     kinds = fields["tokenizer.ggml.token_type"]
-    assert [kinds[i] for i in (0, 1, END, OTHER, 302)] == [
+    assert [kinds[i] for i in (0, 1, END, OTHER, 302, 303)] == [
         gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL,
-        gguf.TokenType.USER_DEFINED,
+        gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL,
     ]  # fmt: skip
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
 

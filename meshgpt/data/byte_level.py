@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -40,17 +41,13 @@ class ByteLevelBPE(Tokenizer):
         unknown = described["model"].get("unk_token")
         self._unk_id = described["model"].get("unk_id") if unknown is None else backend.token_to_id(unknown)
         self._settle(stated, backend.token_to_id(END_OF_TEXT), source)
-        special = self._specials()
+        marked = {token["content"]: token["id"] for token in described["added_tokens"] if token["special"]}
+        special = self._specials() | {token: i for token, i in marked.items() if i != self._unk_id}
         self.special_ids = frozenset(special.values())
         self._whole = _made(described["model"], special)
         self._keeps_all = _keeps_all(described)
+        self._special, self._inside_json = special, _beginning_nowhere(described)
         self._plain = _with_special(backend, special, parse=False)
-        self._parsing = _with_special(backend, special, parse=True)
-        self._plain_inside, self._parsing_inside = self._plain, self._parsing
-        if (inside := _beginning_nowhere(described)) is not None:
-            self._plain_inside, self._parsing_inside = (
-                _with_special(backend.from_str(inside), special, parse=parse) for parse in (False, True)
-            )
 
     def encode_batch(
         self, texts: list[str], *, continued: bool = False, parse_special: bool = False
@@ -88,6 +85,23 @@ class ByteLevelBPE(Tokenizer):
             pieces = [(part[a:b], inside or a > 0) for a, b in itertools.pairwise(bounds)]
             parts += reversed(pieces)
         return ids
+
+    @cached_property
+    def _parsing(self) -> "tokenizers.Tokenizer":
+        return _with_special(self._backend, self._special, parse=True)
+
+    @cached_property
+    def _plain_inside(self) -> "tokenizers.Tokenizer":
+        return self._plain if self._inside_json is None else self._inside(parse=False)
+
+    @cached_property
+    def _parsing_inside(self) -> "tokenizers.Tokenizer":
+        return self._parsing if self._inside_json is None else self._inside(parse=True)
+
+    def _inside(self, *, parse: bool) -> "tokenizers.Tokenizer":
+        """One that puts nothing in front of a text."""
+        assert self._inside_json is not None
+        return _with_special(self._backend.from_str(self._inside_json), self._special, parse=parse)
 
     def keeps_all(self, text: str) -> bool:
         del text
