@@ -33,7 +33,7 @@ def test_every_name_is_there_and_importing_takes_no_jax() -> None:
     program = "import sys, meshgpt; assert not {'jax', 'numpy', 'optax'} & set(sys.modules), 'slow'; meshgpt.UserError"
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-    assert time.monotonic() - begun < 30  # that it does not hang
+    assert time.monotonic() - begun < 120  # that it does not hang
 
 
 def test_a_run_from_python_is_the_command_s(

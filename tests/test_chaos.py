@@ -95,15 +95,15 @@ def test_a_fault_waits_for_its_moment_and_a_life_has_one(tmp_path: Path):
         watched.see(5, SAVING)
         assert not watched.records
         watched.see(5)
-        assert watched.processes[1].wait(5) == -signal.SIGKILL
+        assert watched.processes[1].wait(60) == -signal.SIGKILL
         assert watched.processes[0].poll() is None
         watched.see(9)
         watched.start()
         watched.see(None)
-        assert watched.processes[1].wait(5) == -signal.SIGKILL
+        assert watched.processes[1].wait(60) == -signal.SIGKILL
         watched.start()
         watched.see(9)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while state_of(watched.processes[1]) != "T" and time.monotonic() < until:
             time.sleep(0.01)
         assert state_of(watched.processes[1]) == "T"
@@ -126,7 +126,7 @@ def test_a_save_is_recognised_by_what_it_has_not_finished(tmp_path: Path):
         watched.see(8)
         time.sleep(0.06)
         watched.see(8)
-        assert watched.processes[1].wait(5) == -signal.SIGKILL
+        assert watched.processes[1].wait(60) == -signal.SIGKILL
     finally:
         watched.end()
 
@@ -144,7 +144,7 @@ def test_bits_are_flipped_only_where_an_intact_checkpoint_is_left(tmp_path: Path
         assert not watched.records  # 4 is damaged already
         watched.checkpoint(8)
         watched.see(8)
-        assert watched.processes[1].wait(5) == -signal.SIGKILL
+        assert watched.processes[1].wait(60) == -signal.SIGKILL
         manifest.verify(tmp_path / "checkpoints" / "6")
         with pytest.raises(manifest.DamagedError, match="array does not match"):
             manifest.verify(tmp_path / "checkpoints" / "8")

@@ -427,14 +427,15 @@ def _saving_process(folder: Path, last_step: int) -> subprocess.Popen[str]:
 def test_killed_in_a_save_the_newest_intact_step_is_exact(tmp_path: Path):
     generator = random.Random(5)
     unfinished = 0
-    for _ in range(8):
+    for _ in range(40):
         with _saving_process(tmp_path, -1) as process:
             assert process.stdout is not None
             while not process.stdout.readline().startswith("complete"):
                 assert process.poll() is None
             time.sleep(generator.uniform(0, 0.4))
             os.kill(process.pid, signal.SIGKILL)
-            complete = [int(line.split()[1]) for line in process.stdout if line.startswith("complete")]
+            said = [line.split() for line in process.stdout if line.endswith("\n")]  # the kill may have cut the last
+            complete = [int(words[1]) for words in said if words[0] == "complete"]
         names = {path.name for path in tmp_path.iterdir()}
         step = latest_step(tmp_path, _ignored)
         assert step is not None or not complete
@@ -444,7 +445,9 @@ def test_killed_in_a_save_the_newest_intact_step_is_exact(tmp_path: Path):
             state = _state(step, size=20_000)
             with Checkpointer(tmp_path, Checkpointing(every=1), report=_ignored) as checkpointer:
                 _assert_same_bits(checkpointer.restore(step, _abstract(state)), state)
-    assert unfinished >= 4  # most kills did hit a save
+        if unfinished == 4:  # so many kills did hit a save
+            return
+    pytest.fail(f"only {unfinished} of 40 kills hit a save")
 
 
 def test_a_process_that_ends_without_close_does_not_hang(tmp_path: Path):

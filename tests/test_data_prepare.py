@@ -205,7 +205,7 @@ def test_sigkill_anywhere_then_rerun_gives_the_same_bytes(
             process.kill()
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert folder_bytes(again.out) == folder_bytes(trained.out)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}/cmdline").exists() and b"meshgpt" in _cmdline(pid) for pid in orphans):
         assert time.monotonic() < deadline, f"workers {orphans} outlived their parent"
         time.sleep(0.05)

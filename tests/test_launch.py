@@ -261,7 +261,7 @@ def test_stop_saves_and_ends_the_run_that_is_being_followed(tmp_path: Path):
     cloud = Cloud(tmp_path, life)
     following = cloud.start(*RUN)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while not cloud.trained() and time.monotonic() < deadline:
             time.sleep(0.05)
         code, _, err = cloud.run("stop")

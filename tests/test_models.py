@@ -29,7 +29,10 @@ def test_parameter_count_is_the_published_one(config: ModelConfig, published: in
         assert trees.count(Model(config=config).abstract_params()) == published
 
 
-@pytest.mark.parametrize("config", [*tiny.FAMILIES, dataclasses.replace(tiny.GPT2, tied_head=False)])
+HEADS = dataclasses.replace(tiny.GPT2, tied_head=False), dataclasses.replace(tiny.GPTJ, tied_head=True)
+
+
+@pytest.mark.parametrize("config", [*tiny.FAMILIES, *HEADS])
 def test_parameters_are_those_of_the_architecture_document_and_of_the_hugging_face_table(config: ModelConfig) -> None:
     documented = set()
     for line in ARCHITECTURE.read_text().splitlines():
@@ -45,9 +48,8 @@ def test_parameters_are_those_of_the_architecture_document_and_of_the_hugging_fa
 
 
 def _has(config: ModelConfig, gpt2: str, gptj: str) -> bool:
-    if isinstance(config, GPTJConfig):
-        return gptj == "yes"
-    return gpt2 == "yes" or (gpt2 == "untied only" and not config.tied_head)
+    stated = gptj if isinstance(config, GPTJConfig) else gpt2
+    return stated == "yes" or (stated == "untied only" and not config.tied_head)
 
 
 @pytest.mark.parametrize("config", tiny.FAMILIES)

@@ -120,6 +120,6 @@ def test_a_host_that_reads_slowly_is_named(workshop: Workshop, tmp_path: Path, m
     rows = {row["step"]: row for row in runs.rows(run)}
     for step in (4, 8):
         assert rows[step]["slowest_process"] == 1
-        assert 0.3 < rows[step]["process_seconds/1"] < 3
+        assert rows[step]["process_seconds/1"] > 0.3
         assert rows[step]["process_seconds/0"] < rows[step]["process_seconds/1"]
     assert "process 1 on" in " ".join(first.out.split())

@@ -126,7 +126,7 @@ def test_a_pod_stops_before_its_first_step(
     assert becomes(lambda: has(f"{kind}-{by}") or pod[by].poll() is not None)
     time.sleep(1)  # so that the other one waits for it
     pod[to].send_signal(number)
-    for process in ended_after(pod, 60):
+    for process in ended_after(pod, 200):
         assert process.code == 130, process
         assert "interrupted; the same command goes on from what is done" in process.err
     assert last_step(run) == 0
@@ -137,7 +137,7 @@ def test_a_pod_stops_in_its_export_which_is_owed(workshop: Workshop, tmp_path: P
     pod, run, has = disturbed(workshop, tmp_path, "--steps", 2, exporting=0)
     assert becomes(lambda: has("exporting-0") or pod[0].poll() is not None)
     pod[1].send_signal(signal.SIGTERM)
-    first, second = ended_after(pod, 60)
+    first, second = ended_after(pod, 200)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert "stopped at step 2 and saved; to go on: " in first.out
     assert json.loads((run / "run.json").read_text())["finished_step"] is None

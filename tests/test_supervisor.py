@@ -194,7 +194,7 @@ def test_no_process_outlives_a_supervisor_that_is_killed(tmp_path: Path):
     script = (
         "import sys; from pathlib import Path; from test_supervisor import Launched\n"
         'Launched(Path(sys.argv[1]), \'if not step: (folder / f"pid-{number}").write_text(str(os.getpid()))\\n'
-        "time.sleep(0.1)', processes=2).supervisor.run()"
+        "time.sleep(0.5)', processes=2).supervisor.run()"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment) as process:

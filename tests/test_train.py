@@ -119,7 +119,7 @@ def test_sigint_and_sigterm_save_and_say_how_to_go_on(workshop: Workshop, tmp_pa
         first = ()
         assert wait_for(functools.partial(reached, run, at), process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
         said = out.splitlines()[-1]
         assert said.startswith("stopped at step")
