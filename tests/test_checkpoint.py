@@ -1,5 +1,7 @@
+import asyncio
 import dataclasses
 import errno
+import gc
 import os
 import random
 import re
@@ -461,3 +463,15 @@ def test_only_records_of_orbax_are_silenced(tmp_path: Path, caplog: pytest.LogCa
     _saved(tmp_path)
     absl_logging.warning("from elsewhere")
     assert [record.message for record in caplog.records] == ["from elsewhere"]
+
+
+@pytest.mark.parametrize(("text", "heard"), [("full [os_error_code='28']", 0), ("something else", 1)])
+def test_writes_that_fail_beside_the_one_that_is_reported_are_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, heard: int
+):
+    _saved(tmp_path)
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(ValueError(text))  # and nobody asks for it
+    gc.collect()
+    loop.close()
+    assert len([record for record in caplog.records if record.name == "asyncio"]) == heard

@@ -380,6 +380,7 @@ def _silence_orbax() -> None:
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)
+        logging.getLogger("asyncio").addFilter(_not_of_a_write)
         sys.unraisablehook = functools.partial(_unless_loop_closed, sys.unraisablehook)
 
 
@@ -391,3 +392,9 @@ def _unless_loop_closed(report: Callable[[Any], object], unraisable: Any) -> Non
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _not_of_a_write(record: logging.LogRecord) -> bool:
+    """Of several writes that a full disk stops, orbax raises the first error; asyncio tells of the others much later."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "never retrieved" not in record.getMessage() or "os_error_code=" not in str(error)
