@@ -395,6 +395,6 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_of_a_write(record: logging.LogRecord) -> bool:
-    """Of several writes that a full disk stops, orbax raises the first error; asyncio tells of the others much later."""
+    """Of several writes that a full disk stops, orbax raises the first; asyncio tells of the others later."""
     error = record.exc_info[1] if record.exc_info else None
     return "never retrieved" not in record.getMessage() or "os_error_code=" not in str(error)
