@@ -151,7 +151,8 @@ def test_bad_files_are_named(tmp_path: Path, bpe: Tokenizer):
     bpe.save(tmp_path / "saved")
     content = (tmp_path / "saved" / "tokenizer.json").read_text().replace("endoftext", "renamed")
     (tmp_path / "saved" / "tokenizer.json").write_text(content)
-    (tmp_path / "saved" / "tokenizer_config.json").unlink()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "saved" / name).unlink()
     with pytest.raises(UserError, match="has no token that ends a text"):
         load_tokenizer(tmp_path / "saved")
 

@@ -7,6 +7,7 @@ Source: `src/llama-vocab.cpp` of llama.cpp (`LLAMA_VOCAB_PRE_TYPE_*`), `gguf-py/
 """
 
 import json
+import re
 from typing import Any
 
 from meshgpt.data.tokenizer import ByteLevelBPE, Tokenizer
@@ -41,14 +42,21 @@ def add_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer, rows: int) -> No
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.prefix_id)
     writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(False)  # nor does our `generate`, and GPT-2 was not trained with one
     for other in sorted(tokenizer.stop_ids - {tokenizer.eot_id})[:1]:  # llama.cpp knows two that end a text
         writer.add_eot_token_id(other)
-    pad = tokenizer.stated.ids.get("pad_token_id")
+    pads = tokenizer.stated.token("pad_token")
+    pad = next((i for i, token in by_id.items() if token == pads), tokenizer.stated.ids.get("pad_token_id"))
     if isinstance(pad, int) and 0 <= pad < rows:
         writer.add_pad_token_id(pad)
-    if (template := tokenizer.stated.chat_template()) is not None:
-        writer.add_chat_template(template)
+    templates = tokenizer.stated.chat_templates()
+    if "default" in templates:
+        writer.add_chat_template(templates.pop("default"))
+    named = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in sorted(templates.items())}
+    for name, text in named.items():
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)
+    if named:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, [*named])
 
 
 def _name(described: dict[str, Any], form: str) -> str:

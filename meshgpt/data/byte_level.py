@@ -1,5 +1,6 @@
 """Tokenizers of the `tokenizers` library, first of all GPT-2's byte-level BPE."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from meshgpt.atomic import write_atomically
-from meshgpt.data.special_tokens import AddedToken, TokenizerFiles
+from meshgpt.data.special_tokens import CONFIG, AddedToken, TokenizerFiles
 from meshgpt.data.tokenizer_base import END_OF_TEXT, Definition, Tokenizer
 from meshgpt.errors import UserError
 
@@ -45,6 +46,8 @@ class ByteLevelBPE(Tokenizer):
         special = self._specials() | {token: i for token, i in marked.items() if i != self._unk_id}
         self.special_ids = frozenset(special.values())
         self._whole = _made(described["model"], special)
+        found = {token["content"] for token in described["added_tokens"] if not token["special"]}
+        self.withheld = frozenset(token for token, i in special.items() if token in found or i in self._whole)
         self._keeps_all = _keeps_all(described)
         self._special, self._inside_json = special, _beginning_nowhere(described)
         self._plain = _with_special(backend, special, parse=False)
@@ -183,7 +186,13 @@ def load_json(path: Path, stated: TokenizerFiles) -> ByteLevelBPE:
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
         raise UserError(f"{path} is not a file of the tokenizers library ({error}): name another") from error
     missing = [token for token in stated.added_tokens() if backend.token_to_id(token.content) is None]
-    return ByteLevelBPE(_with_added(backend, missing, str(path)), stated, str(path))
+    backend = _with_added(backend, missing, stated, str(path))
+    if (prefix := stated.prefix_space()) is not None:
+        described = json.loads(backend.to_str())
+        step = functools.partial(_with_prefix_space, prefix=prefix)
+        described["pre_tokenizer"] = _mapped(described["pre_tokenizer"], "pretokenizers", step)
+        backend = Backend.from_str(json.dumps(described))
+    return ByteLevelBPE(backend, stated, str(path))
 
 
 def load_vocab_and_merges(folder: Path, stated: TokenizerFiles) -> ByteLevelBPE:
@@ -209,17 +218,21 @@ def load_vocab_and_merges(folder: Path, stated: TokenizerFiles) -> ByteLevelBPE:
     named = sorted(({END_OF_TEXT} | stated.special_tokens()) & pieces.keys() - names, key=pieces.__getitem__)
     added += [AddedToken(content=name, id=pieces[name], special=True, normalized=False) for name in named]
     backend = byte_level(Backend(model))
-    if stated.files.get("tokenizer_config.json", {}).get("add_prefix_space"):
+    if stated.files.get(CONFIG, {}).get("add_prefix_space"):
         from tokenizers import pre_tokenizers
 
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return ByteLevelBPE(_with_added(backend, added, str(folder)), stated, str(vocab))
+    return ByteLevelBPE(_with_added(backend, added, stated, str(folder)), stated, str(vocab))
 
 
-def _with_added(backend: "tokenizers.Tokenizer", added: Iterable[AddedToken], source: str) -> "tokenizers.Tokenizer":
-    """`backend` with more tokens, each at its id."""
+def _with_added(
+    backend: "tokenizers.Tokenizer", added: Iterable[AddedToken], stated: TokenizerFiles, source: str
+) -> "tokenizers.Tokenizer":
+    """`backend` with more tokens, each at its id, and with the one that ends texts, where it is named and missing."""
     added = sorted(added, key=lambda token: token.id)
     taken = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
+    known = {*taken.values(), *(token.content for token in added)}
+    added += stated.appended(known, max([-1, *taken, *(token.id for token in added)]) + 1)
     for token in added:
         if taken.get(token.id, token.content) != token.content:
             raise UserError(
@@ -295,15 +308,22 @@ def _keeps_all(described: dict[str, Any]) -> bool:
         or (step.get("type") == "Split" and step.get("behavior") != "Removed")
         for step in steps
     )
-    strips = any(not t["special"] and (t["lstrip"] or t["rstrip"]) for t in described["added_tokens"])
+    letters = set(ByteLevel.alphabet())
+    added = [token for token in described["added_tokens"] if not token["special"]]
+    strips = any(token["lstrip"] or token["rstrip"] for token in added)
+    # The decoder takes an added token of these letters, such as \u00e9, for the bytes that they spell.
+    misread = any(set(token["content"]) <= letters and not token["content"].isascii() for token in added)
     return (
         model["type"] == "BPE"
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
         and described["normalizer"] is None
         and (described["decoder"] or {}).get("type") == "ByteLevel"
         and any(step.get("type") == "ByteLevel" for step in steps)
         and kept
         and not strips
-        and set(ByteLevel.alphabet()) <= model["vocab"].keys()
+        and not misread
+        and letters <= model["vocab"].keys()
     )
 
 
@@ -335,4 +355,8 @@ def _no_prefix_of_normalizer(step: dict[str, Any]) -> dict[str, Any] | None:
 def _no_prefix_of_pre_tokenizer(step: dict[str, Any]) -> dict[str, Any]:
     if step["type"] == "Metaspace":
         return {**step, "prepend_scheme": "never"}
-    return {**step, "add_prefix_space": False} if step["type"] == "ByteLevel" else step
+    return _with_prefix_space(step, prefix=False)
+
+
+def _with_prefix_space(step: dict[str, Any], *, prefix: bool) -> dict[str, Any]:
+    return {**step, "add_prefix_space": prefix} if step["type"] == "ByteLevel" else step

@@ -330,7 +330,8 @@ def _request(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:
 
 
 def _identity(tokenizer: Tokenizer) -> str:
-    return ", ".join(filter(None, [tokenizer.fingerprint, tokenizer.ending]))
+    withheld = f"never in text: {sorted(tokenizer.withheld)}" if tokenizer.withheld else ""
+    return ", ".join(filter(None, [tokenizer.fingerprint, tokenizer.ending, withheld]))
 
 
 def _request_of_before(config: Prepare, inputs: list[Listed]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from meshgpt.atomic import write_atomically
 from meshgpt.data.byte_level import canonical, definition_of
-from meshgpt.data.special_tokens import TokenizerFiles
+from meshgpt.data.special_tokens import CONFIG, TokenizerFiles
 from meshgpt.data.tokenizer_base import Definition, Tokenizer
 from meshgpt.errors import UserError
 
@@ -37,8 +37,10 @@ class SentencePiece(Tokenizer):
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise UserError(f"{source} is not a sentencepiece model ({error}): name another file") from error
-        self._model = model
-        self._proto = _model_proto(model)
+        self._file = model
+        self._model = as_stated(model, stated)
+        self._processor.LoadFromSerializedProto(self._model)
+        self._proto = _model_proto(self._model)
         pieces = self._processor.vocab_size()
         self._pieces = {piece.piece: i for i, piece in enumerate(self._proto.pieces)}
         self._added = [token for token in stated.added_tokens() if token.content not in self._pieces]
@@ -48,6 +50,8 @@ class SentencePiece(Tokenizer):
                 f"{source} has {pieces:,} pieces, and the files beside it give the added token {wrong.content!r} the "
                 f"id {wrong.id:,}, which is one of theirs: take the files of one and the same model"
             )
+        known = {*self._pieces, *(token.content for token in self._added)}
+        self._added += stated.appended(known, max([pieces - 1, *(token.id for token in self._added)]) + 1)
         self._added_ids = {token.content: token.id for token in self._added}
         self.vocab_size = max([pieces - 1, *self._added_ids.values()]) + 1
         self.decodable = np.zeros(self.vocab_size, np.bool_)
@@ -59,20 +63,27 @@ class SentencePiece(Tokenizer):
         if (end := self._processor.eos_id()) >= 0:
             self._written[end] = self._processor.IdToPiece(end)
         added = json.dumps(sorted(self._added_ids.items()), ensure_ascii=False) if self._added else ""
-        self.fingerprint = hashlib.sha256(model + added.encode()).hexdigest()
-        self._settle(stated, end if end >= 0 else None, source)
+        self.fingerprint = hashlib.sha256(self._model + added.encode()).hexdigest()
+        self._settle(stated, end if end >= 0 else None, source, begins=self._processor.bos_id())
         self._special = self._specials()
         self._written |= {i: token for token, i in self._special.items()}
+        self._in_text = {i for token, i in self._added_ids.items() if token not in self._special}
         # Text can become one of these: all but the library's own control pieces.
         self._whole = frozenset(i for i in self._special.values() if i < pieces and not self._processor.IsControl(i))
+        # The fingerprint has the ids of added tokens, and not which of them are special.
+        whole = {token for token, i in self._special.items() if i in self._whole}
+        self.withheld = frozenset(whole | {token for token, i in self._added_ids.items() if i not in self._in_text})
         rules = self._proto.normalizer_spec
         self._adds_prefix, self._strips = rules.add_dummy_prefix, rules.remove_extra_whitespaces
-        self._exact = not rules.precompiled_charsmap and not self._strips and self._proto.trainer_spec.byte_fallback
+        trainer = self._proto.trainer_spec
+        changes = rules.precompiled_charsmap or self._strips or trainer.treat_whitespace_as_suffix
+        # Pieces that text must not become may take something of it with them; see `_as_text`.
+        self._exact = trainer.byte_fallback and rules.escape_whitespaces and not changes and not self._whole
 
     def encode_batch(
         self, texts: list[str], *, continued: bool = False, parse_special: bool = False
     ) -> list[list[int]]:
-        in_text = {token.content: token.id for token in self._added if not token.special}
+        in_text = {token: i for token, i in self._added_ids.items() if i in self._in_text}
         in_text |= self._special if parse_special else {}
         if not in_text:
             found = self._encode(texts, continued)
@@ -87,8 +98,9 @@ class SentencePiece(Tokenizer):
     def _encode(self, texts: list[str], continued: bool) -> list[list[int]]:
         if not continued or not (self._adds_prefix or self._strips):
             return self._processor.encode(texts, num_threads=1)
-        # A space in front is what the prefix stands for, and what removing extra ones would take away.
-        spaced = [text.startswith(" ") for text in texts]
+        # A space in front is what the prefix stands for, and what removing extra ones would take away. Nothing is put
+        # in front of an empty text, so a space alone stays one.
+        spaced = [text.startswith(" ") and text != " " for text in texts]
         after_space = [text[1:] for text, one in zip(texts, spaced, strict=True) if one]
         others = [text for text, one in zip(texts, spaced, strict=True) if not one]
         with_prefix = iter(self._prefixed.encode(after_space, num_threads=1))
@@ -108,15 +120,18 @@ class SentencePiece(Tokenizer):
         return ids
 
     def _as_text(self, text: str, continued: bool) -> list[int]:
-        """Ids of a text in which the model would find special tokens: it is cut behind the first character of each.
+        """Ids of a text in which the model would find special tokens: each is cut behind its first character.
 
-        One that is a single character cannot be cut and stays, unless it stands for what is unknown.
+        One that is a single character cannot be cut and stays. What only normalising the text makes to one is left out,
+        and so is what is unknown, where that is a special token.
         """
         names = {i: self._token(i).replace(_SPACE, " ") for i in self._whole}
-        cuts = [match.start() + 1 for match in re.finditer(_any_of(set(names.values())), text)]
+        # Found where they overlap, too: between any two characters of one there is a cut.
+        overlapping = re.compile(f"(?=({_any_of(set(names.values()))}))")
+        cuts = sorted({match.start() + 1 for match in overlapping.finditer(text)} - {len(text)})
         parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         ids = self._encode(parts[:1], continued)[0] + [i for ids in self._encode(parts[1:], True) for i in ids]
-        lost = {i for i, name in names.items() if len(name) > 1 or i == self._unk_id}  # made by normalising the text
+        lost = {i for i, name in names.items() if len(name) > 1 or i == self._unk_id}
         return [i for i in ids if i not in lost]
 
     def keeps_all(self, text: str) -> bool:
@@ -125,13 +140,18 @@ class SentencePiece(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         parts: list[str] = []
         run: list[int] = []
-        for i in ids:
-            if i in self._written:
-                parts += [self._processor.decode(run), self._written[i]]
-                run = []
-            else:
+        inside = False  # of a text: its first space is then no prefix, which the library would drop
+        for i in [*ids, None]:
+            if i is not None and i not in self._written:
                 run.append(i)
-        return "".join([*parts, self._processor.decode(run)])
+                continue
+            before = self._processor.encode("a") if inside and run else []
+            parts.append(self._processor.decode([*before, *run]).removeprefix(self._processor.decode(before)))
+            if i is not None:
+                parts.append(self._written[i])
+                inside = i in self._in_text
+            run = []
+        return "".join(parts)
 
     def _id_of(self, token: str) -> int | None:
         return self._added_ids.get(token, self._pieces.get(token))
@@ -165,7 +185,7 @@ class SentencePiece(Tokenizer):
         """Writes tokenizer.model, and tokenizer.json where an exact one exists (BPE models that do not normalise)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "tokenizer.model", self._model)
+        write_atomically(folder / "tokenizer.model", self._file)
         backend = None if self._added else derived(self._model)
         if backend is not None:
             write_atomically(folder / "tokenizer.json", canonical(backend))
@@ -177,18 +197,16 @@ class SentencePiece(Tokenizer):
 
     @cached_property
     def _prefixed(self) -> "sentencepiece.SentencePieceProcessor":
-        return self._processor if self._adds_prefix else self._changed(add_dummy_prefix=True)
+        return self._processor if self._adds_prefix else self._with_prefix(True)
 
     @cached_property
     def _bare(self) -> "sentencepiece.SentencePieceProcessor":
-        return self._changed(add_dummy_prefix=False) if self._adds_prefix else self._processor
+        return self._with_prefix(False) if self._adds_prefix else self._processor
 
-    def _changed(self, *, add_dummy_prefix: bool) -> "sentencepiece.SentencePieceProcessor":
+    def _with_prefix(self, added: bool) -> "sentencepiece.SentencePieceProcessor":
         import sentencepiece
 
-        proto = _model_proto(self._model)
-        proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
-        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        return sentencepiece.SentencePieceProcessor(model_proto=_changed(self._model, add_dummy_prefix=added))
 
 
 def derived(model: bytes) -> "tokenizers.Tokenizer | None":
@@ -236,6 +254,18 @@ def _model_proto(model: bytes) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def as_stated(model: bytes, stated: TokenizerFiles) -> bytes:
+    """A model without the space in front of texts, where tokenizer_config.json says so."""
+    none = stated.files.get(CONFIG, {}).get("add_prefix_space") is False
+    return _changed(model, add_dummy_prefix=False) if none else model
+
+
+def _changed(model: bytes, *, add_dummy_prefix: bool) -> bytes:
+    proto = _model_proto(model)
+    proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    return proto.SerializeToString()
 
 
 def _any_of(tokens: "dict[str, int] | set[str]") -> str:

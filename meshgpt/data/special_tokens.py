@@ -7,7 +7,7 @@ config.json, generation_config.json, chat_template.jinja, additional_chat_templa
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _MORE = ("additional_special_tokens", "extra_special_tokens")
 # Classes of transformers whose texts begin and end with <|endoftext|> where their files do not say otherwise.
 _GPT2_LIKE = ("GPT2", "CodeGen", "GPTNeoX")
+_DEFAULT = "<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,10 @@ class TokenizerFiles:
         Files with `added_tokens_decoder` in their tokenizer_config.json are of a transformers that takes it alone;
         in older ones special_tokens_map.json comes first.
         """
-        return next((text for text in map(_content, self._values(role)) if text is not None), None)
+        values = self._values(role)
+        if values and values[0] is None and role in self.files.get(SPECIAL, {}) and not self._decoder_counts():
+            return None  # special_tokens_map.json comes first, and says that there is none
+        return next((text for text in map(_content, values) if text is not None), None)
 
     def says_none(self, role: str) -> bool:
         """Whether a file gives null for a role, and none gives a token."""
@@ -99,9 +103,20 @@ class TokenizerFiles:
         kind = self.files.get(CONFIG, {}).get("tokenizer_class")
         return kind is None or str(kind).startswith(_GPT2_LIKE)
 
+    def prefix_space(self) -> bool | None:
+        """Whether a space is put in front of every text, where transformers lets tokenizer_config.json decide this and
+        not tokenizer.json: for the classes of GPT-2, GPT-J and GPT-NeoX, in which a missing value is False."""
+        config = self.files.get(CONFIG, {})
+        kind = config.get("tokenizer_class")
+        return bool(config.get("add_prefix_space")) if kind and str(kind).startswith(_GPT2_LIKE) else None
+
     def special_tokens(self) -> set[str]:
         """All tokens that the files call special, whatever for."""
-        found = {self.token(role) for role in _ROLES} | {one.content for one in self.added_tokens() if one.special}
+        return self._named() | {one.content for one in self.added_tokens() if one.special}
+
+    def _named(self) -> set[str]:
+        """The tokens that have a role, or are listed as special."""
+        found = {self.token(role) for role in _ROLES}
         for name in (CONFIG, SPECIAL):
             content = self.files.get(name, {})
             for key in _MORE:
@@ -121,7 +136,7 @@ class TokenizerFiles:
             if decoder is not None:
                 found = [_added(int(number), flags) for number, flags in decoder.items()]
             else:
-                named = {self.token(role) for role in _ROLES}
+                named = self._named()
                 found = [
                     AddedToken(
                         content=content, id=int(number), special=content in named, normalized=content not in named
@@ -131,6 +146,24 @@ class TokenizerFiles:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"the added tokens of {self.folder} are not tokens with their ids: {error!r}") from error
         return sorted(found, key=lambda one: one.id)
+
+    def appended(self, known: Container[str], after: int) -> list[AddedToken]:
+        """Where the vocabulary lacks the `eos_token` that is named: this token, and a `bos_token` that it lacks, too.
+
+        Args:
+            known: the vocabulary, with all tokens that were added.
+            after: the first id behind it. As in transformers the tokens have the ids from there on.
+        """
+        end, begin = self.token("eos_token"), self.token("bos_token")
+        if end is None or end in known:
+            return []
+        if self.prefix_space() is not None and not self._values("bos_token"):
+            begin = _DEFAULT
+        lacking = dict.fromkeys(token for token in (begin, end) if token is not None and token not in known)
+        return [
+            AddedToken(content=token, id=after + number, special=True, normalized=False)
+            for number, token in enumerate(lacking)
+        ]
 
     def end_ids(self) -> list[int]:
         """Ids that end a generated text: of generation_config.json, else of config.json; both may list several."""
@@ -180,20 +213,22 @@ class TokenizerFiles:
             (folder / name).parent.mkdir(exist_ok=True)
             write_atomically(folder / name, text)
 
-    def chat_template(self) -> str | None:
-        """The chat template that is used where none is named: a file of its own goes before tokenizer_config.json."""
-        if TEMPLATE in self.templates:
-            return self.templates[TEMPLATE]
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name; "default" is used where none is named. Files go before tokenizer_config.json."""
         said = self.files.get(CONFIG, {}).get("chat_template")
-        if isinstance(said, list):  # several, with names
-            said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}.get("default")
-        return said if isinstance(said, str) else None
+        listed = said if isinstance(said, list) else [{"name": "default", "template": said}]
+        found = {one.get("name"): one.get("template") for one in listed if isinstance(one, dict)}
+        found |= {"default" if path == TEMPLATE else Path(path).stem: text for path, text in self.templates.items()}
+        return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
 
     def _values(self, role: str) -> list[Any]:
         """What the files give for a role, first the one that counts."""
         config, special = self.files.get(CONFIG, {}), self.files.get(SPECIAL, {})
-        order = (config, special) if "added_tokens_decoder" in config else (special, config)
+        order = (config, special) if self._decoder_counts() else (special, config)
         return [content[role] for content in order if role in content]
+
+    def _decoder_counts(self) -> bool:
+        return "added_tokens_decoder" in self.files.get(CONFIG, {})
 
 
 def check_carried(source: Path, copy: Path, vocab_size: int | None = None) -> None:
@@ -208,7 +243,8 @@ def check_carried(source: Path, copy: Path, vocab_size: int | None = None) -> No
     before, after = TokenizerFiles.read(source), TokenizerFiles.read(copy)
     for name in (CONFIG, SPECIAL, GENERATION):
         for key, value in before.files.get(name, {}).items():
-            if after.files.get(name, {}).get(key, _MISSING) != value:
+            kept = after.files.get(name, {})
+            if key not in kept or json_text(kept[key]) != json_text(value):
                 raise UserError(f"{copy / name} does not carry {key!r} of {source / name} on; not written")
     for name, value in before.ids.items():
         known = vocab_size is None or all(0 <= number < vocab_size for number in _numbers(value))
@@ -235,7 +271,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json_text(content, indent=1, ensure_ascii=False) + "\n")
+    text = json_text(content, indent=1, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a pair, which only an escape can spell
+        text = json_text(content, indent=1)
+    write_atomically(path, text + "\n")
 
 
 def _content(token: Any) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from meshgpt.data.byte_level import ByteLevelBPE, byte_level, canonical, load_json, load_vocab_and_merges
-from meshgpt.data.sentencepiece_model import SentencePiece, derived
+from meshgpt.data.sentencepiece_model import SentencePiece, as_stated, derived
 from meshgpt.data.special_tokens import TokenizerFiles
 from meshgpt.data.tokenizer_base import END_OF_TEXT, Definition, Loss, Tokenizer
 from meshgpt.errors import UserError
@@ -67,7 +67,7 @@ def _same(model: Path, described: Path, stated: TokenizerFiles) -> bool:
     from tokenizers import Tokenizer as Backend
 
     SentencePiece(model.read_bytes(), stated, str(model))  # says what is wrong with a file that is none
-    backend = derived(model.read_bytes())
+    backend = derived(as_stated(model.read_bytes(), stated))
     try:
         return backend is not None and canonical(Backend.from_str(described.read_text("utf-8"))) == canonical(backend)
     except Exception:  # of the library, for what it cannot parse: loading it says so

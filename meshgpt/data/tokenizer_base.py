@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from meshgpt.data.special_tokens import TokenizerFiles
+from meshgpt.data.special_tokens import CONFIG, TokenizerFiles
 from meshgpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,9 +46,11 @@ class Tokenizer(abc.ABC):
         prefix_id: the id that begins a text, transformers' `bos_token_id`; `eot_id` where there is none.
         stop_ids: the ids that end a generated text: those of the model's generation_config.json or config.json, and
             `eot_id`.
-        fingerprint: sha256 (hexadecimal) of the vocabulary and the rules that apply it; equal for equal tokenizers,
-            whatever files they came from.
+        fingerprint: sha256 (hexadecimal) of the vocabulary and the rules that apply it. Tokenizers that differ only in
+            what changes no id, such as offsets, can have different ones: see `tokenizer_difference`.
         ending: what ends documents, where it is not what ends them for this vocabulary by itself; else "".
+        withheld: tokens that the vocabulary by itself would find in text, and that are not because the files beside it
+            call them special. With the fingerprint and `ending` it decides the ids of texts.
         decodable: bool (vocab_size,), the ids that stand for text. A vocabulary may have holes, and a model may have
             more ids than its tokenizer: generation draws none of these, and `decode` refuses them.
         stated: what the files beside the vocabulary state.
@@ -60,6 +62,7 @@ class Tokenizer(abc.ABC):
     stop_ids: frozenset[int]
     fingerprint: str
     ending: str
+    withheld: frozenset[str]
     decodable: np.ndarray
     stated: TokenizerFiles
     _unk_id: int | None
@@ -125,15 +128,18 @@ class Tokenizer(abc.ABC):
         if self.keeps_all(text):
             return Loss()
         unknown = 0 if self._unk_id is None else ids.count(self._unk_id)
-        back = self.decode(ids)
-        if back == text or (continued and back == text.removeprefix(" ")):  # a decoder drops the space in front
+        # A decoder may drop the space that begins a text, so what carries on is decoded behind something.
+        before = self.encode("a") if continued else []
+        back = self.decode([*before, *ids]).removeprefix(self.decode(before))
+        if back == text:
             return Loss(unknown=unknown)
-        return Loss(unknown=unknown, characters=(Counter(text) - Counter(back)).total())
+        return Loss(unknown=unknown, characters=max(1, (Counter(text) - Counter(back)).total()))
 
-    def _settle(self, stated: TokenizerFiles, default: int | None, source: str) -> None:
+    def _settle(self, stated: TokenizerFiles, default: int | None, source: str, begins: int = -1) -> None:
         """Sets what begins and ends texts, and makes known what the folder states.
 
         Args:
+            begins: the id of what begins a text where nothing is stated, such as a sentencepiece model's own; or -1.
             default: the id of what ends documents where nothing is stated: <|endoftext|>, or a sentencepiece model's
                 own end of sentence.
         """
@@ -146,18 +152,17 @@ class Tokenizer(abc.ABC):
         elif found is None:
             found = default if default is not None else next(iter(stops), None)
         if found is None:
-            said = "" if named is None else f" ({named!r} is named as `eos_token` and is not in its vocabulary)"
             raise UserError(
-                f"the tokenizer in {source} has no token that ends a text{said}: name one of its tokens as `eos_token` "
-                f"in tokenizer_config.json, or add {END_OF_TEXT!r} to its vocabulary"
+                f"the tokenizer in {source} has no token that ends a text: name one of its tokens as `eos_token` "
+                f"in {CONFIG}, or add {END_OF_TEXT!r} to its vocabulary"
             )
         self.eot_id = found
         self.ending = "" if found == default else f"documents end with id {found}"
         self.stop_ids = frozenset([*stops, found])
-        begins = stated.token("bos_token")
-        first = None if begins is None else self._id_of(begins)
-        if first is None and not stated.says_none("bos_token") and stated.begins_as_gpt2():
-            first = self._id_of(END_OF_TEXT)
+        begin = stated.token("bos_token")
+        first = None if begin is None else self._id_of(begin)
+        if first is None and not stated.says_none("bos_token"):
+            first = begins if begins >= 0 else self._id_of(END_OF_TEXT) if stated.begins_as_gpt2() else None
         self.prefix_id = found if first is None else first
 
     def _has(self, i: int) -> bool:

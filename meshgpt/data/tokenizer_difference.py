@@ -12,15 +12,17 @@ def difference(one: Tokenizer, other: Tokenizer) -> str:
     """Why texts can get other ids from `other` than from `one`, in words; "" where they get the same.
 
     Whole vocabularies, merges (or scores) and rules of normalisation and splitting are compared, no samples. Special
-    tokens that only one of them has do not count: text is never encoded as one.
+    tokens that only one of them has do not count, as text is never encoded as one; a token that both have, and one of
+    them calls special, does.
     """
     if one.fingerprint == other.fingerprint:
-        return ""
+        return _withheld(one, other)
     first, second = one.definition(), other.definition()
     found = [
         _vocabularies(first.vocabulary, second.vocabulary, first.special, second.special),
         _lists("merges", first.merges, second.merges),
         _rules(first.rules, second.rules),
+        _withheld(one, other),
     ]
     return "; ".join(filter(None, found))
 
@@ -33,6 +35,11 @@ def _vocabularies(one: dict[str, int], other: dict[str, int], special: set[str],
         return ""
     shown = ", ".join(f"{i} is {_name(pieces.get(i))} and {_name(others.get(i))}" for i in differing[:_EXAMPLES])
     return f"{len(differing):,} of {max(len(pieces), len(others)):,} ids stand for other pieces (id {shown})"
+
+
+def _withheld(one: Tokenizer, other: Tokenizer) -> str:
+    differing = sorted(one.withheld ^ other.withheld)
+    return f"only one of them finds {', '.join(map(repr, differing[:_EXAMPLES]))} in text" if differing else ""
 
 
 def _name(piece: str | None) -> str:
