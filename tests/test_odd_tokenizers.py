@@ -11,7 +11,7 @@ import sentencepiece as sp
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_special_tokens import END, FAST, GPT2_CONFIG, PLAIN, bpe, model_of, theirs, words, written
+from test_special_tokens import END, FAST, GPT2_CONFIG, PLAIN, TEXT, bpe, model_of, theirs, words, written
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from meshgpt.convert.gguf_tokenizer import add_tokenizer
@@ -92,6 +92,28 @@ def test_a_space_in_front_is_where_transformers_puts_it(kind: str, tmp_path: Pat
             assert found.encode(text) == other(text)["input_ids"], (stated, config, text)
         found.save(folder / "copy")
         assert theirs(folder / "copy")("the cat")["input_ids"] == found.encode("the cat")
+
+
+def test_a_class_that_would_not_read_tokenizer_json_is_not_named_in_copies(tmp_path: Path) -> None:
+    """transformers 5 makes GPT-2's tokenizer of the vocabulary and the merges alone."""
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    for number, (name, part) in enumerate(
+        [("pre_tokenizer", digits), ("normalizer", normalizers.NFC()), ("normalizer", None)]
+    ):
+        backend = bpe("<|im_end|>")
+        setattr(backend, name, part)
+        for kind in ("GPT2Tokenizer", "GPTNeoXTokenizer"):
+            config = {"tokenizer_class": kind, "eos_token": "<|im_end|>", "padding_side": "left"}
+            folder = written(tmp_path / f"{number}-{kind}", backend, tokenizer_config=config)
+            found = load_tokenizer(folder)
+            found.save(folder / "copy")
+            check_carried(folder, folder / "copy")
+            other = theirs(folder / "copy")
+            for text in ("the 1234 cat", "e\u0301", TEXT[1]):
+                assert found.encode(text) == other(text)["input_ids"], (name, kind, text)
+            assert (other.eos_token_id, other.bos_token_id) == (found.eot_id, found.prefix_id)
+            usual = (part is None) == (kind == "GPT2Tokenizer") and name != "pre_tokenizer"
+            assert (json.loads((folder / "copy/tokenizer_config.json").read_text())["tokenizer_class"] == kind) == usual
 
 
 def test_sentencepiece_without_its_prefix(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ class ByteLevelBPE(Tokenizer):
         write_atomically(folder / "tokenizer.json", self._json)
         unknown = self.eot_id if self._unk_id is None else self._unk_id
         bos, eos, unk = map(self._token, (self.prefix_id, self.eot_id, unknown))
-        self.stated.write(folder, bos=bos, eos=eos, unk=unk)
+        kind = str(self.stated.files.get(CONFIG, {}).get("tokenizer_class"))
+        own = self.stated.prefix_space() is None or _built_by(kind, json.loads(self._json))
+        self.stated.write(folder, bos=bos, eos=eos, unk=unk, keep_class=own)
 
 
 def canonical(backend: "tokenizers.Tokenizer") -> str:
@@ -148,6 +150,22 @@ def byte_level(backend: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend
+
+
+def _built_by(kind: str, described: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is what these classes of transformers 5 make of its vocabulary, merges and added tokens.
+
+    They leave its normalizer and pre-tokenizer unread (``GPT2Tokenizer``, ``CodeGenTokenizer``, ``GPTNeoXTokenizer``).
+    """
+    step = described["pre_tokenizer"] or {}
+    normalizer = {"type": "NFC"} if kind.startswith("GPTNeoX") else None
+    return (
+        described["model"]["type"] == "BPE"
+        and not described["model"].get("ignore_merges")
+        and described["normalizer"] == normalizer
+        and step.get("type") == "ByteLevel"
+        and step.get("use_regex", True)
+    )
 
 
 def definition_of(described: dict[str, Any]) -> Definition:

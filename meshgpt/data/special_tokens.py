@@ -30,6 +30,7 @@ _MORE = ("additional_special_tokens", "extra_special_tokens")
 # Classes of transformers whose texts begin and end with <|endoftext|> where their files do not say otherwise.
 _GPT2_LIKE = ("GPT2", "CodeGen", "GPTNeoX")
 _DEFAULT = "<|endoftext|>"
+_CLASS, _FAST = "tokenizer_class", "PreTrainedTokenizerFast"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,14 +101,14 @@ class TokenizerFiles:
 
     def begins_as_gpt2(self) -> bool:
         """Whether the class of transformers that reads these files lets texts begin with <|endoftext|> by default."""
-        kind = self.files.get(CONFIG, {}).get("tokenizer_class")
+        kind = self.files.get(CONFIG, {}).get(_CLASS)
         return kind is None or str(kind).startswith(_GPT2_LIKE)
 
     def prefix_space(self) -> bool | None:
         """Whether a space is put in front of every text, where transformers lets tokenizer_config.json decide this and
         not tokenizer.json: for the classes of GPT-2, GPT-J and GPT-NeoX, in which a missing value is False."""
         config = self.files.get(CONFIG, {})
-        kind = config.get("tokenizer_class")
+        kind = config.get(_CLASS)
         return bool(config.get("add_prefix_space")) if kind and str(kind).startswith(_GPT2_LIKE) else None
 
     def special_tokens(self) -> set[str]:
@@ -185,16 +186,29 @@ class TokenizerFiles:
         """generation_config.json: as it was, or of a model with these special ids."""
         return self.files.get(GENERATION) or {"_from_model_config": True, **ids}
 
-    def write(self, folder: Path, *, bos: str, eos: str, unk: str | None, added: Iterable[AddedToken] = ()) -> None:
+    def write(
+        self,
+        folder: Path,
+        *,
+        bos: str,
+        eos: str,
+        unk: str | None,
+        added: Iterable[AddedToken] = (),
+        keep_class: bool = True,
+    ) -> None:
         """Writes the files that `AutoTokenizer` reads beside a vocabulary; what they do not state comes from here.
 
         Args:
             bos: begins a text; `eos` ends one; `unk` stands for what is unknown.
             added: tokens that no other file of the folder holds.
+            keep_class: whether the class that tokenizer_config.json names gives the ids of tokenizer.json. If not,
+                `PreTrainedTokenizerFast` is named, which takes that file as it is.
         """
         config = self.files.get(CONFIG, {})
-        if "tokenizer_class" not in config:  # then a class decided what the files do not say: say it
-            said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if not keep_class:
+            config = {key: value for key, value in config.items() if key != _CLASS}
+        if _CLASS not in config:  # then a class decided what the files do not say: say it
+            said = {_CLASS: _FAST, "clean_up_tokenization_spaces": False}
             roles = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
             config = said | {role: token for role, token in roles.items() if not self._values(role)} | config
         _write(folder / CONFIG, config)
@@ -244,6 +258,8 @@ def check_carried(source: Path, copy: Path, vocab_size: int | None = None) -> No
     for name in (CONFIG, SPECIAL, GENERATION):
         for key, value in before.files.get(name, {}).items():
             kept = after.files.get(name, {})
+            if key == _CLASS and kept.get(key) == _FAST:
+                continue
             if key not in kept or json_text(kept[key]) != json_text(value):
                 raise UserError(f"{copy / name} does not carry {key!r} of {source / name} on; not written")
     for name, value in before.ids.items():
